@@ -1,0 +1,95 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv and install the package when that is needed.
+
+PYTHON  ?= python3
+VENV    := .venv
+PY      := $(VENV)/bin/python
+OUT     ?= runs/stage1
+ARGS    ?=
+# TORCH=cpu takes PyTorch's CPU-only build: on Linux a download some ten times smaller than the default.
+TORCH   ?=
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+# OpenMP threads that spin while they wait make two busy processes many times slower than one.
+export OMP_WAIT_POLICY := PASSIVE
+# "python3" must mean the kernel of .venv, not one that another project left in the home folder.
+export JUPYTER_PREFER_ENV_PATH := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export PYTHONUNBUFFERED := 1
+
+# A stamp holds the folder it was made for: a checkout that was copied or moved with its .venv must be installed again,
+# or it would go on importing the library from the old folder.
+STAMP     := $(VENV)/.installed
+STAMP_DEV := $(VENV)/.installed-dev
+stale      = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test notebooks train results anatomies lint clean FORCE
+
+help:  ## this list
+	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "Settings: PYTHON=python3.12 (who makes .venv), TORCH=cpu (smaller download on Linux), ARGS='...' (passed on)"
+
+demo: $(STAMP)  ## restore one simulated head (notebook 00); say where the result is
+	@rm -rf runs/demo
+	@$(PY) notebooks/run.py --profile smoke --out runs/demo 00_quickstart
+	@for f in 00_quickstart/table.txt 00_quickstart/restored.nii.gz 00_quickstart/figure.png 00_quickstart.html; do \
+	  test -s runs/demo/$$f || { echo "the notebook ran but did not write runs/demo/$$f" >&2; exit 1; }; done
+	@echo
+	@cat runs/demo/00_quickstart/table.txt
+	@echo
+	@echo "restored volume  $$PWD/runs/demo/00_quickstart/restored.nii.gz"
+	@echo "figure           $$PWD/runs/demo/00_quickstart/figure.png"
+	@echo "notebook (HTML)  $$PWD/runs/demo/00_quickstart.html"
+
+lab: $(STAMP)  ## open the notebooks in JupyterLab
+	$(PY) -m jupyter lab --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+test: $(STAMP_DEV)  ## the whole test suite, all notebooks included
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+notebooks: PROFILE ?= smoke
+notebooks: $(STAMP)  ## run every notebook, write executed copies and HTML (PROFILE=smoke|cpu|gpu)
+	$(PY) notebooks/run.py --profile $(PROFILE) --out runs/notebooks $(ARGS)
+
+train: PROFILE ?= cpu
+train: $(STAMP)  ## train stage 1, or go on with it (PROFILE=cpu OUT=runs/stage1)
+	$(PY) -m mfdiff_lite train --profile $(PROFILE) --out $(OUT) --resume $(ARGS)
+
+results: $(STAMP_DEV)  ## measure again every number and figure of the README
+	$(PY) benchmarks/results.py $(ARGS)
+
+anatomies: $(STAMP_DEV)  ## rebuild the embedded anatomies and compare with the stored files
+	$(PY) data/build_anatomies.py --check $(ARGS)
+
+lint: $(STAMP_DEV)  ## ruff
+	$(PY) -m ruff check . $(ARGS)
+
+clean:  ## remove caches, the demo and executed notebooks (keeps .venv and trained models)
+	rm -rf runs/demo runs/notebooks build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+
+# bin/pip is the last thing that venv writes, so a half-made .venv is completed on the next call.
+$(VENV)/bin/pip:
+	@command -v "$(PYTHON)" >/dev/null || { echo "No '$(PYTHON)' found: install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$$("$(PYTHON)" --version 2>&1) is too old, 3.10 or newer is needed; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Making $(VENV) with $$("$(PYTHON)" --version 2>&1)"
+	@"$(PYTHON)" -m venv $(VENV) || { echo "'$(PYTHON) -m venv $(VENV)' failed: remove $(VENV) and see the message above" >&2; exit 1; }
+
+define install
+@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(VENV) has no working Python 3.10 or newer: remove it (rm -rf $(VENV)) and run make again" >&2; exit 1; }
+@echo "Installing $(1) into $(VENV) (the first time this takes minutes: PyTorch is large)"
+@$(PIP_INSTALL) --editable "$(1)" || { echo "pip could not install $(1) into $(VENV): see its message above, then run make again" >&2; exit 1; }
+endef
+
+$(STAMP): pyproject.toml $(if $(call stale,$(STAMP)),FORCE) | $(VENV)/bin/pip
+	$(call install,.)
+	@pwd -P > $@
+
+# [dev] holds everything that the plain install holds.
+$(STAMP_DEV): pyproject.toml $(if $(call stale,$(STAMP_DEV)),FORCE) | $(VENV)/bin/pip
+	$(call install,.[dev])
+	@pwd -P > $(STAMP); pwd -P > $@
+
+FORCE:

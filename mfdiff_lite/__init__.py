@@ -1,0 +1,40 @@
+"""mfdiff_lite: restore a standard-dose PET image from low-dose PET and MR by fusion and conditional diffusion.
+
+    patient  = mf.virtual_patient(mf.load_anatomy("icbm152"), seed=7)
+    scan     = mf.Scanner().scan(patient, dose_reduction=20)
+    restored = mf.load_pretrained().restore(scan, n_samples=8)
+    print(mf.compare(scan, restored))
+    mf.explore(scan, restored)
+
+For teaching and research; not a medical device.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "config": ["Profile", "load_profile"],
+    "anatomy": ["Anatomy", "list_anatomies", "load_anatomy"],
+    "scan": ["Lesion", "Scan", "load_scan", "save_volume"],
+    "phantom": ["Randomisation", "VirtualPatient", "virtual_patient"],
+    "scanner": ["Scanner", "Sinogram"],
+    "cohort": ["make_cohort"],
+    "diffusion": ["NoiseSchedule", "diffuse", "sample"],
+    "model": ["MFdiff", "Restoration", "load_model", "load_pretrained"],
+    "training": ["train_stage1"],
+    "evaluation": ["compare", "evaluate"],
+    "explorer": ["explore"],
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Load the module of a public name when it is first used: `mf.load_anatomy` does not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,272 @@
+"""The command line: `python -m mfdiff_lite COMMAND --help`.
+
+Exit status 0 on success; 2 on bad usage or bad input, with one sentence on stderr; 1 on an internal fault; 130 on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Restore a standard-dose PET image from low-dose PET and MR. For teaching and research; not a medical device.",
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+DoseReduction = Annotated[float, typer.Option(help="dose-reduction factor: standard-dose counts / counts of the LPET, at least 1")]
+Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn what can go wrong into one sentence and an exit status."""
+
+    @functools.wraps(function)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            function(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            _stop(f"{error}", 2)
+        except KeyboardInterrupt:
+            _stop("stopped by Ctrl-C; nothing half-written was left behind", 130)
+        except MemoryError:
+            _stop("not enough memory for this volume; crop it to the head or free some memory", 1)
+        except Exception as error:
+            if os.environ.get("MFDIFF_DEBUG"):
+                raise
+            _stop(f"internal fault ({type(error).__name__}: {error}); set MFDIFF_DEBUG=1 for the traceback and report it", 1)
+
+    return app.command()(run)
+
+
+def _stop(sentence: str, status: int) -> None:
+    print(f"mfdiff_lite: {' '.join(sentence.split())}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+@_command
+def restore(
+    lpet: Annotated[Path, typer.Option(help="low-dose PET, 3-D NIfTI, any orientation and voxel size")],
+    mr: Annotated[Path, typer.Option(help="MR of the same head, registered to the PET; any grid")],
+    out: Annotated[Path, typer.Option(help="the restored PET, on the grid and in the unit of the LPET")],
+    std: Annotated[Path | None, typer.Option(help="also write the voxel-wise SD of the samples")] = None,
+    dose_reduction: DoseReduction = 20.0,
+    samples: Annotated[int, typer.Option(help="samples to average; 1 is fastest, 8 gives mean and SD")] = 8,
+    steps: Annotated[int | None, typer.Option(help="sampler steps; default 6")] = None,
+    fidelity: Annotated[float | None, typer.Option(help="0 to 1, pull towards the measured LPET: more lesion contrast, more noise")] = None,
+    weights: Annotated[Path | None, typer.Option(help="weights of `train`; default: the shipped ones")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
+    device: Device = "auto",
+    report: Annotated[Path | None, typer.Option(help="also write an HTML page with pictures")] = None,
+    force: Force = False,
+) -> None:
+    """Restore a low-dose PET with the help of an MR of the same head."""
+    from tqdm import tqdm
+
+    from .model import load_model, load_pretrained
+    from .scan import load_scan, save_volume, whole_file
+
+    if std is not None and samples < 2:
+        raise ValueError(f"--std: expected --samples of at least 2, found {samples}; raise --samples or leave out --std")
+    outputs = [path for path in (out, std, report) if path is not None]
+    if len({path.resolve() for path in outputs} | {lpet.resolve(), mr.resolve()}) < len(outputs) + len({lpet.resolve(), mr.resolve()}):
+        raise ValueError(f"{out}: expected outputs that differ from each other and from the inputs; choose other names")
+    for path in (out, std):
+        if path is not None and not path.name.endswith((".nii", ".nii.gz")):
+            raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
+    for path in outputs:
+        _ready_for(path, force)
+    scan = load_scan(lpet, mr, dose_reduction=dose_reduction)
+    model = load_pretrained(device) if weights is None else load_model(weights, device)
+    chosen = {"steps": steps, "fidelity": fidelity}
+    began = time.monotonic()
+    restored = model.restore(
+        scan, samples, seed=seed, progress=functools.partial(tqdm, desc="restoring", unit="slice", disable=None),
+        **{key: value for key, value in chosen.items() if value is not None},
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    written = [save_volume(out, restored.mean, scan, force)]
+    if std is not None:
+        written.append(save_volume(std, restored.std, scan, force))
+    if report is not None:
+        from .explorer import report_html
+
+        lines = {"LPET": str(lpet), "MR": str(mr), "restored": str(out), "dose reduction": f"{dose_reduction:g}", "weights": _weights_line(model, weights)}
+        lines |= {key: str(value) for key, value in restored.settings.items()} | {"seconds": f"{seconds:.1f}"}
+        with whole_file(report, force) as partial:
+            partial.write_text(report_html(scan, restored, lines), encoding="utf-8")
+        written.append(report)
+    print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
+    for path in written:
+        print(f"wrote {path}")
+
+
+def _weights_line(model: object, path: Path | None) -> str:
+    return f"{path or 'shipped weights'} (revision {model.card.get('revision')}, {model.card.get('steps')} steps)"
+
+
+def _ready_for(path: Path, force: bool) -> None:
+    """Refuse before any work what saving would refuse after it."""
+    from .scan import whole_file
+
+    partial = whole_file(path, force).__enter__()
+    try:
+        partial.touch()
+    except OSError as error:
+        raise OSError(f"{path}: expected a place to write to, found {error.strerror}; choose another --out") from None
+    partial.unlink()
+
+
+@_command
+def simulate(
+    out: Annotated[Path, typer.Option(help="folder for lpet, spet, mr, activity, mask, tissues, lesions (.nii.gz) and scan.json")],
+    anatomy: Annotated[str, typer.Option(help="an embedded anatomy, see `info`")] = "icbm152",
+    seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
+    dose_reduction: DoseReduction = 20.0,
+    shift: Annotated[str | None, typer.Option(help="a named OOD emulation: edge-scanner, low-contrast, t2-mr")] = None,
+    slices: Annotated[int | None, typer.Option(help="axial slices; default: the whole head")] = None,
+    force: Force = False,
+) -> None:
+    """Simulate a virtual patient on the virtual scanner: low-dose and standard-dose PET, MR and the truth."""
+    import dataclasses
+
+    from .anatomy import load_anatomy
+    from .phantom import virtual_patient
+    from .scan import save_volume, whole_file
+    from .scanner import Scanner
+
+    if slices is not None and slices < 1:
+        raise ValueError(f"--slices: expected at least 1, found {slices}")
+    if seed < 0:
+        raise ValueError(f"--seed: expected at least 0, found {seed}")
+    names = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions")
+    held = [out / f"{name}.nii.gz" for name in names if (out / f"{name}.nii.gz").exists()]
+    if held and not force:
+        raise FileExistsError(f"{held[0]}: exists already; choose another --out or pass --force to replace it")
+    scanner = Scanner.shifted(shift)
+    print("drawing the patient, scanning, reconstructing: a whole head takes about half a minute", file=sys.stderr)
+    patient = virtual_patient(load_anatomy(anatomy), seed, shift, slices)
+    scan = scanner.scan(patient, dose_reduction)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{out}: expected a folder to write into, found {error.strerror}; choose another --out") from None
+    for name in names:
+        save_volume(out / f"{name}.nii.gz", getattr(scan, name), scan, force)
+    note = {
+        "anatomy": anatomy, "seed": seed, "dose_reduction": dose_reduction, "shift": shift, "unit": scan.unit, "scanner": dataclasses.asdict(scanner),
+        "truth": patient.truth, "lesions": [dataclasses.asdict(one) for one in scan.lesion_table],
+        "note": "real anatomy, simulated images; teaching and research only",
+    }  # fmt: skip
+    with whole_file(out / "scan.json") as partial:
+        partial.write_text(json.dumps(note, indent=1) + "\n")
+    print(f"wrote {', '.join(names)} (.nii.gz, {scan.lpet.shape} voxels, {scan.unit}) and scan.json to {out}")
+
+
+@_command
+def evaluate(
+    lpet: Annotated[Path, typer.Option(help="low-dose PET")],
+    spet: Annotated[Path, typer.Option(help="standard-dose PET, the reference, on the LPET's grid")],
+    restored: Annotated[Path, typer.Option(help="the restored PET, on the LPET's grid")],
+    mask: Annotated[Path | None, typer.Option(help="brain mask; default: a rough one from the LPET")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="also write the numbers as JSON")] = None,
+    force: Force = False,
+) -> None:
+    """Compare a restored PET with the standard-dose PET: PSNR, SSIM, NRMSE, activity bias; the LPET and a Gaussian beside it."""
+    import numpy as np
+
+    from .evaluation import brain_mask, compare
+    from .scan import load_scan, load_volume, whole_file
+
+    if json_out is not None:
+        _ready_for(json_out, force)
+    scan = load_scan(lpet, spet_path=spet, mask_path=mask)
+    image, affine = load_volume(restored)
+    if image.shape != scan.lpet.shape or not np.allclose(affine, scan.affine, atol=1e-2):
+        raise ValueError(f"{restored}: expected the grid of {lpet}, {scan.lpet.shape}, found {image.shape} or another affine; restore that LPET again")
+    if not np.isfinite(image).all():
+        raise ValueError(f"{restored}: expected finite values, found NaN or infinite voxels; restore it again")
+    if not brain_mask(scan).any():
+        raise ValueError(f"{mask}: expected a brain mask, found no voxel above 0.5; check the file")
+    scan.dose_reduction = float("nan")  # files do not say it
+    table = compare(scan, {"restored": image})
+    table.title = f"{scan.name}, against SPET"
+    print(table)
+    if json_out is not None:
+        with whole_file(json_out, force) as partial:
+            partial.write_text(json.dumps({"mask": str(mask or "rough, from the LPET"), "against": "spet", "images": table.rows}, indent=1) + "\n")
+
+
+@_command
+def train(
+    out: Annotated[Path, typer.Option(help="folder for checkpoints and the final weights")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value …, replacing values of the profile")] = None,
+    profile: Annotated[str, typer.Option(help="smoke (seconds), cpu (an afternoon), gpu")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out, to the same weights as an uncut run")] = False,
+    device: Device = "auto",
+) -> None:
+    """Train stage 1 on the simulated cohort (made first, and cached)."""
+    from tqdm import tqdm
+
+    from .config import load_profile
+    from .training import WEIGHTS, train_stage1
+
+    pairs = [item.partition("=") for item in settings or []]
+    wrong = [key for key, equals, _ in pairs if not equals]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected key=value, found no '='; see `train --help`")
+    chosen = load_profile(profile, **{key: value for key, _, value in pairs})
+    _ready_for(out / "x", True) if out.is_dir() else out.mkdir(parents=True, exist_ok=True)
+    bar = None
+    try:
+        for state in train_stage1(chosen, out, resume, device):
+            bar = bar or tqdm(total=state.steps, initial=state.step - 1, desc="stage 1", unit="step", mininterval=1)
+            bar.update()
+            loss = " ".join(f"{key} {value:.3f}" for key, value in state.loss.items())
+            psnr = f", validation {state.curve[-1]['mean']:.2f} dB (LPET {state.curve[-1]['lpet']:.2f})" if state.curve else ""
+            bar.set_postfix_str(loss + psnr, refresh=False)
+            if state.validation:
+                tqdm.write(f"step {state.step}: {json.dumps(state.validation)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        _stop(f"stopped by Ctrl-C after the step; go on with: python -m mfdiff_lite train --profile {profile} --out {out} --resume", 130)
+    finally:
+        if bar is not None:
+            bar.close()
+    print(f"wrote {out / WEIGHTS} and its card {(out / WEIGHTS).with_suffix('.json').name}; use it with: restore --weights {out / WEIGHTS}")
+
+
+@_command
+def info() -> None:
+    """Versions, device, the shipped weights' card, and the data found."""
+    import torch
+
+    from . import __version__
+    from .anatomy import list_anatomies
+    from .cohort import cache_folder
+    from .model import load_pretrained, pick_device
+
+    print(f"mfdiff_lite {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "nibabel", "scikit-image", "accelerate")))
+    device = pick_device()
+    print(f"device: {device}" + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"))
+    print(f"anatomies: {', '.join(list_anatomies())}")
+    cohorts = sorted(cache_folder().glob("cohort-*"))
+    print(f"cache: {cache_folder()}, {len(cohorts)} cohorts (delete the folder to free the space; set MFDIFF_CACHE to move it)")
+    model = load_pretrained("cpu")
+    card = {key: value for key, value in model.card.items() if key not in ("validation_psnr_db", "profile")}
+    print(f"shipped weights: {json.dumps(card, indent=1)}")
+    print(f"validation at the last step: {model.card['validation_psnr_db'][-1]}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,81 @@
+"""A head: tissue and region labels on a 1 mm grid. The anatomies ship with the package; nothing is downloaded.
+
+Volumes are (X, Y, Z) uint8, RAS+, 1 mm. Labels: 0 outside, 1-82 Desikan-Killiany region (grey matter), 90 grey matter
+without a named region, 100 white matter, 101 CSF. `mfdiff_lite/anatomies/NOTICE.md` gives sources, licences and limits;
+`data/build_anatomies.py` rebuilds the files. The anatomy is real, every image made from it is simulated.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import numpy as np
+
+GRAY_UNNAMED, WHITE, CSF = 90, 100, 101
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """A head, read-only.
+
+    name: as in `list_anatomies()`.
+    labels: (X, Y, Z) uint8, 1 mm RAS+, values as in the module's head.
+    affine: (4, 4) float64, voxel -> mm RAS; donors keep the space of their source file, icbm152 is in MNI space.
+    regions: label -> name of every label present, e.g. {1: "L bankssts", 100: "white matter", 101: "CSF"}.
+    t1: (X, Y, Z) uint8, real skull-stripped T1 average in arbitrary units on the same grid, for icbm152 only; None for
+        the donors, whose MR is not public in the wheel.
+    """
+
+    name: str
+    labels: np.ndarray
+    affine: np.ndarray
+    regions: dict[int, str]
+    t1: np.ndarray | None = None
+
+    @property
+    def gray(self) -> np.ndarray:
+        """(X, Y, Z) bool, cortex and deep grey nuclei."""
+        return (self.labels > 0) & (self.labels <= GRAY_UNNAMED)
+
+    @property
+    def white(self) -> np.ndarray:
+        """(X, Y, Z) bool, white matter."""
+        return self.labels == WHITE
+
+    @property
+    def csf(self) -> np.ndarray:
+        """(X, Y, Z) bool, ventricles and the fluid around the brain."""
+        return self.labels == CSF
+
+
+def _folder():
+    return resources.files("mfdiff_lite") / "anatomies"
+
+
+def list_anatomies() -> list[str]:
+    """Names of the embedded anatomies: icbm152 (population average) first, then the individuals by donor number."""
+    names = [entry.name.removesuffix(".npz") for entry in _folder().iterdir() if entry.name.endswith(".npz")]
+    return sorted(names, key=lambda name: (name != "icbm152", len(name), name))
+
+
+def _region_names(labels: np.ndarray) -> dict[int, str]:
+    table = json.loads((_folder() / "regions.json").read_text(encoding="utf-8"))
+    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256)[1:]) + 1
+    side = {"L": "L ", "R": "R ", "B": ""}
+    return {int(i): side[table[str(i)]["hemisphere"]] + table[str(i)]["label"] for i in present}
+
+
+@cache
+def load_anatomy(name: str) -> Anatomy:
+    """Load an embedded anatomy; the same object on every call, its arrays read-only (copy before changing them).
+
+    Raises ValueError, naming the anatomies there are, if `name` is not one of them.
+    """
+    if name not in list_anatomies():
+        raise ValueError(f"Anatomy {name!r} is not known; expected one of {', '.join(list_anatomies())}.")
+    with (_folder() / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        arrays = {key: archive[key] for key in archive}
+    for array in arrays.values():
+        array.setflags(write=False)
+    return Anatomy(name=name, regions=_region_names(arrays["labels"]), **arrays)

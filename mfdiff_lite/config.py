@@ -1,0 +1,96 @@
+"""Profiles: one frozen set of numbers for each size of run. An unknown key or a wrong type is an error, never a silent default."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+
+TRAIN_ANATOMIES = ("icbm152", "ahba-9861", "ahba-10021", "ahba-12876", "ahba-14380")
+VALIDATION_ANATOMIES = ("ahba-15496",)
+TEST_ANATOMIES = ("ahba-15697",)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything that decides a run. Lengths of lists of patients, slices and steps; see each line."""
+
+    name: str
+    seed: int = 0
+    # cohort
+    patients: int = 240  # virtual patients to train on, spread over TRAIN_ANATOMIES
+    validation_patients: int = 6
+    slab: int = 16  # axial slices of each
+    doses: int = 2  # low-dose reconstructions of each, dose reduction drawn from `dose_range`
+    dose_range: tuple[float, float] = (4.0, 100.0)
+    # model
+    fusion_widths: tuple[int, ...] = (32, 64, 128)
+    denoiser_widths: tuple[int, ...] = (32, 64, 128)
+    context: int = 3  # neighbouring slices of each modality that the fusion module sees
+    # stage 1
+    steps: int = 6000
+    batch: int = 8
+    crop: int = 96  # pixels
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    ema: float = 0.999
+    lesion_weight: float = 4.0  # of voxels in lesions with uptake, beside 1 for the brain
+    no_mr: float = 0.08  # share of training slices without MR
+    wrong_mr: float = 0.06  # ... with another patient's MR
+    validate_every: int = 250
+    checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        for key in ("patients", "validation_patients", "slab", "doses", "steps", "batch", "validate_every", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: expected at least 1, found {getattr(self, key)}")
+        if self.crop % 32 or not 32 <= self.crop <= 128:
+            raise ValueError(f"crop: expected a multiple of 32 from 32 to 128, found {self.crop}")
+        if self.context % 2 == 0 or self.context > self.slab:
+            raise ValueError(f"context: expected an odd number of slices, at most slab = {self.slab}, found {self.context}")
+
+
+PROFILES = {
+    "smoke": Profile(
+        "smoke", patients=2, validation_patients=1, slab=4, doses=1, fusion_widths=(8, 16, 32), denoiser_widths=(8, 16, 32), steps=40,
+        batch=4, crop=96, warmup=10, ema=0.9, validate_every=20, checkpoint_every=20,
+    ),
+    "cpu": Profile("cpu"),
+    "gpu": Profile(
+        "gpu", patients=2000, validation_patients=12, slab=24, doses=3, fusion_widths=(96, 192, 384), denoiser_widths=(96, 192, 384),
+        steps=100_000, batch=32, learning_rate=4e-4, ema=0.9995, validate_every=1000, checkpoint_every=1000,
+    ),
+}  # fmt: skip
+
+
+def load_profile(name: str, **overrides: object) -> Profile:
+    """A named profile with single values replaced: `load_profile("cpu", steps=100)`; strings are parsed ("steps": "100").
+
+    Raises ValueError for an unknown profile or key, or a value of the wrong type.
+    """
+    if name not in PROFILES:
+        raise ValueError(f"profile: expected one of {', '.join(PROFILES)}, found {name!r}; choose a listed name")
+    kinds = typing.get_type_hints(Profile)
+    for key, value in overrides.items():
+        if key not in kinds or key == "name":
+            known = ", ".join(k for k in kinds if k != "name")
+            raise ValueError(f"profile {name}: unknown key {key!r}; known keys are {known}")
+        overrides[key] = _parsed(key, value, kinds[key])
+    return dataclasses.replace(PROFILES[name], **overrides)
+
+
+def _parsed(key: str, value: object, kind: type | types.GenericAlias) -> object:
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)) and parts:
+            return tuple(_parsed(key, part, item) for part in parts)
+    else:
+        try:
+            parsed = kind(value)
+            if not isinstance(value, bool) and (isinstance(value, str) or parsed == value):
+                return parsed
+        except (TypeError, ValueError):
+            pass
+    raise ValueError(f"{key}: expected {getattr(kind, '__name__', kind)}, found {value!r}")

@@ -1,0 +1,34 @@
+"""The conditional denoiser: a small U-Net that sees the noisy residual, the LPET, the fusion feature, the time and the dose.
+
+No raw MR enters here: whatever MR contributes has passed the gate of the fusion module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .fusion import Decoder, Encoder, double, halve
+from .layers import Embedding, ResidualBlock, dose_scalar
+
+
+class ConditionalUNet(nn.Module):
+    """D(x_t, t, LPET, F, dose) -> v. x_t, lpet: (B, 1, H, W); time: (B,) in [0, 1]; feature: (B, C, H/2, W/2); dose_reduction: (B,)."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128), feature: int = 32):
+        super().__init__()
+        condition = 4 * widths[0]
+        self.embed = Embedding(2, condition)
+        self.encoder = Encoder(4 + 4 + feature, widths, condition)
+        self.middle = ResidualBlock(widths[-1], widths[-1], condition)
+        self.decoder = Decoder(widths, condition)
+        self.head = nn.Conv2d(widths[0], 4, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, xt: Tensor, time: Tensor, lpet: Tensor, feature: Tensor, dose_reduction: Tensor) -> Tensor:
+        condition = self.embed(time, dose_scalar(dose_reduction))
+        features = self.encoder(torch.cat([halve(xt), halve(lpet), feature], dim=1), condition)
+        features[-1] = self.middle(features[-1], condition)
+        return double(self.head(F.silu(self.decoder(features, condition))))

@@ -1,0 +1,243 @@
+"""MFdiff, the three ideas together: fusion, conditional diffusion of the residual, restoration of a whole scan.
+
+    F, coarse = fusion(LPET, MR)
+    x0        = (SPET - coarse) / RESIDUAL                 what the diffusion generates
+    loss      = |coarse - SPET|^2 / RESIDUAL^2 + |D(x_t, t, LPET, F, dose) - v|^2
+    sample    = coarse + RESIDUAL * sampler(noise), warm-started by noising "no residual" to t0
+    mean, SD  = over K samples in antithetic pairs (noise and -noise)
+
+All inside the LPET's own scale (`ActivityScale`); lesions with uptake weigh more in both losses, because they are rare.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from scipy import ndimage
+from torch import Tensor, nn
+
+from .config import Profile
+from .denoiser import ConditionalUNet
+from .diffusion import NoiseSchedule, diffuse, sample, velocity
+from .fusion import Fused, MultiModalityFusion
+from .scan import ActivityScale, Scan, WorkingGrid, scale_mr, whole_file
+
+RESIDUAL = 0.2  # SD of SPET - coarse in scaled activity, roughly; makes x0 of order 1
+STEPS, START = 6, 0.5  # sampler steps and warm start, chosen on validation patients
+FIDELITY, FIDELITY_SD = 0.5, 1.5  # default pull towards the measured LPET, and its Gaussian SD in voxels, chosen on validation patients
+
+
+class MFdiff(nn.Module):
+    """Fusion module and conditional denoiser under one loss. `card` says where the weights come from."""
+
+    def __init__(self, fusion_widths: tuple[int, ...], denoiser_widths: tuple[int, ...], context: int = 3):
+        super().__init__()
+        self.settings = {"fusion_widths": list(fusion_widths), "denoiser_widths": list(denoiser_widths), "context": context}
+        self.fusion = MultiModalityFusion(tuple(fusion_widths), context)
+        self.denoiser = ConditionalUNet(tuple(denoiser_widths), feature=fusion_widths[0])
+        self.schedule = NoiseSchedule()
+        self.card: dict[str, Any] = {}
+
+    @classmethod
+    def from_profile(cls, profile: Profile) -> MFdiff:
+        """An untrained model of the profile's size, its initial weights drawn from the profile's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(profile.seed)
+            return cls(profile.fusion_widths, profile.denoiser_widths, profile.context)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    # --- learning ------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: dict[str, Tensor], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """The losses of stage 1. batch: see `SliceDataset.batch`; t: (B,); noise: (B, 1, H, W). Returns scalars "coarse" and "diffusion"."""
+        fused: Fused = self.fusion(batch["lpet"], batch["mr"], batch["dose"])
+        residual = (batch["spet"] - fused.coarse) / RESIDUAL
+        x0 = residual.detach()  # the coarse estimate learns from its own loss alone
+        v = self._denoise(diffuse(x0, noise, t, self.schedule), t, batch["lpet"], fused.feature, batch["dose"])
+        weight = batch["weight"] / batch["weight"].mean()
+        return {
+            "coarse": (weight * residual**2).mean(),
+            "diffusion": (weight * (v - velocity(x0, noise, t, self.schedule)) ** 2).mean(),
+        }
+
+    def _denoise(self, xt: Tensor, t: Tensor, lpet: Tensor, feature: Tensor, dose: Tensor) -> Tensor:
+        middle = lpet[:, lpet.shape[1] // 2, None]  # (B, 1, H, W)
+        return self.denoiser(xt, t / self.schedule.length, middle, feature, dose)
+
+    # --- restoring -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def restore_slices(
+        self, lpet: Tensor, mr: Tensor, dose: Tensor, noise: Tensor, steps: int = STEPS, start: float = START, method: str = "dpm++"
+    ) -> tuple[Tensor, Fused]:
+        """Samples of scaled slices. lpet, mr: (B, context, H, W); dose: (B,); noise: (B, K, H, W), one map a sample.
+
+        Returns samples (B, K, H, W) and what the fusion module made of the slices.
+        """
+        fused: Fused = self.fusion(lpet, mr, dose)
+        k = noise.shape[1]
+        lpets, features, doses = (repeat(x, "b ... -> (b k) ...", k=k) for x in (lpet, fused.feature, dose))
+        residual = sample(
+            lambda xt, t: self._denoise(xt, t, lpets, features, doses),
+            rearrange(noise, "b k h w -> (b k) 1 h w"), self.schedule, steps, start, method,
+        )  # fmt: skip
+        return fused.coarse + RESIDUAL * rearrange(residual, "(b k) 1 h w -> b k h w", k=k), fused
+
+    def restore(
+        self,
+        scan: Scan,
+        n_samples: int = 8,
+        *,
+        steps: int = STEPS,
+        start: float = START,
+        method: str = "dpm++",
+        fidelity: float = FIDELITY,
+        seed: int = 0,
+        progress: Callable[[Any], Any] = lambda slices: slices,
+    ) -> Restoration:
+        """Restore the standard-dose image of a scan; without `scan.mr`, from PET alone.
+
+        n_samples: K samples for mean and SD; steps, start, method: see `diffusion.sample`. fidelity in [0, 1]: how much of what the measured
+        LPET says beyond noise is put back (0: the model alone; higher: more lesion contrast, more noise). seed: fixes the samples, slice by
+        slice, whatever the batch. progress: wraps the iterable of slices, e.g. `tqdm`. Memory does not grow with the slices worked on.
+        Raises ValueError for n_samples < 1, fidelity outside [0, 1] or steps that the sampler cannot take.
+        """
+        if n_samples < 1:
+            raise ValueError(f"n_samples: expected at least 1, found {n_samples}")
+        if not 0 <= fidelity <= 1:
+            raise ValueError(f"fidelity: expected 0 to 1, found {fidelity}")
+        self.schedule.times(steps, start)  # refuse before any work
+        grid = WorkingGrid(scan)
+        raw = grid.to(scan.lpet)
+        scale = ActivityScale(raw, grid.voxel_size)
+        lpet = scale.apply(raw)  # (X, Y, Z)
+        mr = np.zeros_like(lpet) if scan.mr is None else scale_mr(grid.to(scan.mr), scale.mask)
+        coarse, gate = np.empty_like(lpet), np.empty_like(lpet)
+        samples = np.empty((n_samples, *lpet.shape), np.float16)
+        self.eval()
+        for z in progress(range(lpet.shape[2])):
+            drawn, fused = self._restore_slice(lpet, mr, z, scan.dose_reduction, n_samples, seed, steps, start, method)
+            samples[..., z] = drawn
+            coarse[..., z] = fused.coarse[0, 0].cpu().numpy()
+            gate[..., z] = nn.functional.interpolate(fused.gate, scale_factor=2)[0, 0].cpu().numpy()
+        mean = samples.mean(0, dtype=np.float32)
+        correction = fidelity * measured_beyond_noise(lpet - mean)
+        outside = ndimage.gaussian_filter(scan.lpet, [FIDELITY_SD * 2 / v for v in scan.voxel_size])
+
+        def finish(volume: np.ndarray) -> Any:
+            return scan.like_input(grid.back(scale.invert(volume + correction), outside))
+
+        nothing = np.zeros_like(scan.lpet)
+        spread = samples.std(0, dtype=np.float32) * scale.value
+        return Restoration(
+            mean=finish(mean), std=scan.like_input(grid.back(spread, nothing)), coarse=finish(coarse),
+            gate=scan.like_input(grid.back(gate, nothing)), unit=scan.unit,
+            settings={"n_samples": n_samples, "steps": steps, "start": start, "method": method, "fidelity": fidelity, "seed": seed},
+            _samples=samples, _finish=finish,
+        )  # fmt: skip
+
+    def _restore_slice(self, lpet, mr, z, dose, n_samples, seed, steps, start, method) -> tuple[np.ndarray, Fused]:
+        """One slice of the working grid, padded to multiples of 32 for the windows and cut back."""
+        device = next(self.parameters()).device
+        half = self.fusion.context // 2
+        near = np.clip(np.arange(z - half, z + half + 1), 0, lpet.shape[2] - 1)
+        x, y = lpet.shape[:2]
+        pad = ((0, 0), (0, -x % 32), (0, -y % 32))
+        pet_slices, mr_slices = (
+            torch.from_numpy(np.pad(np.moveaxis(v[..., near], -1, 0), pad))[None].to(device, memory_format=torch.channels_last) for v in (lpet, mr)
+        )
+        noise = paired_noise(n_samples, tuple(pet_slices.shape[-2:]), [seed, z])[None].to(device)
+        doses = torch.full((1,), float(dose), device=device)
+        drawn, fused = self.restore_slices(pet_slices, mr_slices, doses, noise, steps, start, method)
+        cut = fused._replace(coarse=fused.coarse[..., :x, :y], gate=fused.gate[..., : (x + 1) // 2, : (y + 1) // 2])
+        return drawn[0, :, :x, :y].cpu().numpy(), cut
+
+
+def paired_noise(n_samples: int, shape: tuple[int, int], seed: list[int]) -> Tensor:
+    """(K, H, W) normal noise in antithetic pairs, noise and -noise: their mean converges to the posterior mean much faster than K free draws."""
+    half = np.random.default_rng(seed).standard_normal(((n_samples + 1) // 2, *shape), dtype=np.float32)
+    return torch.from_numpy(rearrange(np.stack([half, -half]), "sign k h w -> (k sign) h w")[:n_samples].copy())
+
+
+def measured_beyond_noise(residual: np.ndarray) -> np.ndarray:
+    """The part of LPET - estimate (X, Y, Z) that is too smooth to be noise: a Gaussian of FIDELITY_SD voxels."""
+    sd = [FIDELITY_SD if n > 1 else 0 for n in residual.shape]
+    return ndimage.gaussian_filter(residual, sd, mode="nearest")
+
+
+@dataclass(eq=False)
+class Restoration:
+    """What came out, in the kind, shape and unit of the scan's LPET. mean, std: of the K samples; coarse: the fusion head's estimate;
+    gate: how much MR was let in, [0, 1]; samples: (K, ...) single samples."""
+
+    mean: Any
+    std: Any
+    coarse: Any
+    gate: Any
+    unit: str
+    settings: dict[str, Any]
+    _samples: np.ndarray
+    _finish: Callable[[np.ndarray], Any]
+
+    @property
+    def samples(self) -> list[Any]:
+        """The K samples, each on the grid of the scan (made when asked for)."""
+        return [self._finish(one.astype(np.float32)) for one in self._samples]
+
+
+def save_model(model: MFdiff, path: str | Path, card: dict[str, Any], force: bool = True) -> Path:
+    """Write weights (float32 safetensors, the card inside) and the card again as JSON beside it."""
+    path = Path(path)
+    card = {**card, "model": model.settings, "parameters": model.n_parameters}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with whole_file(path, force) as partial:
+        save_file(tensors, partial, metadata={"card": json.dumps(card)})
+    with whole_file(path.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(card, indent=1) + "\n")
+    return path
+
+
+def load_model(path: str | Path, device: str = "auto") -> MFdiff:
+    """A model from a file of `save_model`. Nothing is unpickled. Raises OSError if it is missing, ValueError if it is not such a file."""
+    if not Path(path).is_file():
+        raise OSError(f"{path}: expected a weights file, found nothing; check the path, or leave out --weights to use the shipped ones")
+    try:
+        with safe_open(path, "pt") as stored:
+            card = json.loads((stored.metadata() or {})["card"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        model = MFdiff(**card["model"])
+        model.load_state_dict(tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(f"{path}: expected weights saved by this package, found something else or a damaged file ({reason}); fetch it again") from None
+    model.card = card
+    return model.to(pick_device(device), memory_format=torch.channels_last).eval()
+
+
+def load_pretrained(device: str = "auto") -> MFdiff:
+    """The model that ships with the package (stage 1, `cpu` profile)."""
+    return load_model(str(files("mfdiff_lite") / "weights" / "stage1.safetensors"), device)
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """"auto": the GPU if there is one. Raises ValueError for a device that this machine does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected one that this machine has, found {device!r} ({str(error).splitlines()[0][:80]}); try --device auto") from None

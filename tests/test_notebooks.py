@@ -1,0 +1,225 @@
+"""Every notebook runs and is built the same way; and the harness that says so fails when it should."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MAGIC = "%matplotlib inline"
+
+_spec = importlib.util.spec_from_file_location("notebooks_run", ROOT / "notebooks" / "run.py")
+run = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(run)
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def test_notebooks_are_there_and_numbered_without_a_gap():
+    assert NOTEBOOKS, "no notebooks found"  # the tests below would be skipped
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02d}_" for number in range(len(NOTEBOOKS))]
+
+
+@pytest.mark.notebook
+@each_notebook
+def test_runs(path, tmp_path):
+    try:
+        executed = run.run_notebook(path, tmp_path, profile="smoke")
+    except run.NotebookError as error:
+        pytest.fail(f"{error}\n{error.detail}", pytrace=False)
+    cells = nbformat.read(executed, as_version=4).cells
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert any("image/png" in o.get("data", {}) for o in outputs), "no picture"
+    metrics = tmp_path / path.stem / "metrics.json"
+    assert metrics.is_file(), f"{path.name} wrote no metrics.json into its out_dir"
+    assert json.loads(metrics.read_text(encoding="utf-8")), "metrics.json is empty"
+    assert executed.with_suffix(".html").stat().st_size > 0
+
+
+@each_notebook
+def test_structure(path):
+    problems = structure_problems(nbformat.read(path, as_version=4))
+    assert not problems, f"{path.name}: " + "; ".join(problems)
+
+
+def structure_problems(notebook) -> list[str]:
+    """How a notebook differs from the rules in CONTRIBUTING.md; empty when it keeps them."""
+    cells, code = notebook.cells, [c for c in notebook.cells if c.cell_type == "code"]
+    trees = [_tree(cell.source) for cell in code]
+    tags = [cell.metadata.get("tags", []) for cell in code]
+    nodes = [node for tree in trees if tree for node in ast.walk(tree)]
+    head, tail = cells[0], cells[-1]
+    rules = {
+        "its kernel is not python3": notebook.metadata.get("kernelspec", {}).get("name") == "python3",
+        "it stores widget state": "widgets" not in notebook.metadata,
+        "it stores outputs": not any(c.outputs or c.execution_count for c in code),
+        "a cell is not plain Python (the only magic allowed is %matplotlib inline)": None not in trees,
+        "it calls get_ipython": not any(isinstance(n, ast.Name) and n.id == "get_ipython" for n in nodes),
+        "it defines a class": not any(isinstance(n, ast.ClassDef) for n in nodes),
+        "it has fewer than three code cells": len(code) >= 3,
+        "its first code cell holds more than imports": bool(trees and trees[0])
+        and all(isinstance(n, ast.Import | ast.ImportFrom) for n in trees[0].body),
+        "its second code cell, and no other, must be tagged 'parameters'": [
+            n for n, names in enumerate(tags) if "parameters" in names
+        ]
+        == [1],
+        "parameters must have profile, seed, device, out_dir": len(trees) > 1
+        and {"profile", "seed", "device", "out_dir"} <= _assigned(trees[1]),
+        "the default profile must be smoke": len(code) > 1 and 'profile = "smoke"' in code[1].source,
+        "it must open with a heading and Objectives, Needs, Time": head.cell_type == "markdown"
+        and head.source.startswith("# ")
+        and all(word in head.source for word in ("Objectives", "Needs", "Time")),
+        "it must end with an Exercise and Next": tail.cell_type == "markdown"
+        and all(word in tail.source for word in ("Exercise", "Next")),
+    }
+    return [problem for problem, kept in rules.items() if not kept]
+
+
+def _tree(source: str):
+    """Syntax tree of a cell, or None where it is not Python: no other magic and no shell line would parse."""
+    try:
+        return ast.parse("\n".join(line for line in source.splitlines() if line.strip() != MAGIC))
+    except SyntaxError:
+        return None
+
+
+def _assigned(tree) -> set[str]:
+    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets] if tree else []
+    targets += [n.target for n in tree.body if isinstance(n, ast.AnnAssign)] if tree else []
+    return {t.id for t in targets if isinstance(t, ast.Name)}
+
+
+# Controls: fabricated notebooks, so that a harness that lets everything pass is noticed.
+
+
+def fabricate(folder: Path, *sources: str, name: str = "05_made_up") -> Path:
+    """A notebook that keeps every rule, with `sources` as its code cells after the parameters."""
+    new = nbformat.v4
+    parameters = 'profile = "smoke"\nseed = 0\ndevice = "auto"\nout_dir = "../runs/05_made_up"'
+    cells = [
+        new.new_markdown_cell("# Made up\n**Objectives** a - b - c. **Needs** nothing. **Time** seconds."),
+        new.new_code_cell(f"import json\nimport pathlib\n\n{MAGIC}"),
+        new.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *[new.new_code_cell(source) for source in sources],
+        new.new_markdown_cell("**Exercise** do it again. **Next** nothing."),
+    ]
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = folder / f"{name}.ipynb"
+    nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": spec}), path)
+    return path
+
+
+@pytest.mark.notebook
+def test_harness_passes_parameters_and_writes_copy_and_html(tmp_path):
+    path = fabricate(
+        tmp_path,
+        "import matplotlib.pyplot as plt\nplt.plot([1, 2]);",
+        "import ipywidgets\nipywidgets.IntSlider()",
+        "import os, sys\n"
+        "assert pathlib.Path.cwd() == pathlib.Path(os.environ['WANTED_CWD'])\n"
+        "pathlib.Path(out_dir).mkdir(parents=True)\n"
+        "found = {'profile': profile, 'seed': seed, 'python': sys.executable}\n"
+        "(pathlib.Path(out_dir) / 'metrics.json').write_text(json.dumps(found))",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANTED_CWD", str(tmp_path.resolve()))
+        executed = run.run_notebook(path, tmp_path / "out", "cpu", {"seed": 3}, cell_seconds=60)
+    found = json.loads((tmp_path / "out/05_made_up/metrics.json").read_text(encoding="utf-8"))
+    assert found == {"profile": "cpu", "seed": 3, "python": sys.executable}
+    assert executed == tmp_path / "out/05_made_up.ipynb"
+    notebook = nbformat.read(executed, as_version=4)
+    assert "widgets" not in notebook.metadata
+    assert any("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
+    assert "data:image/png;base64" in executed.with_suffix(".html").read_text(encoding="utf-8")
+    assert not structure_problems(nbformat.read(path, as_version=4))
+
+
+@pytest.mark.notebook
+def test_harness_names_notebook_cell_and_error_in_one_line(tmp_path):
+    path = fabricate(tmp_path, "fine = 1", "\n# why\nvalues = [1, 2]\nraise ValueError('two\\nlines')")
+    with pytest.raises(run.NotebookError) as caught:
+        run.run_notebook(path, tmp_path / "out")
+    assert str(caught.value) == "05_made_up.ipynb, cell '# why': ValueError: two lines"
+    assert "ValueError" in caught.value.detail
+    assert not (tmp_path / "out/05_made_up.html").exists()
+
+
+@pytest.mark.notebook
+def test_harness_stops_a_cell_over_the_limit(tmp_path):
+    path = fabricate(tmp_path, "import time\ntime.sleep(60)", "never = 1")
+    with pytest.raises(run.NotebookError, match=r"^05_made_up.ipynb, cell 'import time': ran longer than .* 2 s$"):
+        run.run_notebook(path, tmp_path / "out", cell_seconds=2)
+
+
+@pytest.mark.notebook
+def test_harness_names_the_cell_that_killed_the_kernel(tmp_path):
+    path = fabricate(tmp_path, "import os\nos._exit(1)", "never = 1")
+    with pytest.raises(run.NotebookError, match=r"^05_made_up.ipynb, cell 'import os': the kernel died"):
+        run.run_notebook(path, tmp_path / "out")
+
+
+@pytest.mark.notebook
+def test_kernels_have_no_network(tmp_path):
+    path = fabricate(tmp_path, "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)")
+    with pytest.raises(run.NotebookError, match="NetworkRefused"):
+        run.run_notebook(path, tmp_path / "out")
+
+
+def test_harness_refuses_an_unknown_parameter(tmp_path):
+    path = fabricate(tmp_path, "fine = 1")
+    with pytest.raises(run.ParameterError, match="05_made_up.ipynb: no parameter 'sede'; did you mean 'seed'"):
+        run.run_notebook(path, tmp_path / "out", parameters={"sede": 1})
+    assert not (tmp_path / "out").exists()
+
+
+def test_harness_refuses_what_is_not_a_notebook(tmp_path):
+    path = tmp_path / "05_made_up.ipynb"
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(run.NotebookError, match="05_made_up.ipynb: not a readable notebook"):
+        run.run_notebook(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["99_nowhere"], "no notebook '99_nowhere'"),
+        (["--profile", "huge"], "'huge' is none of smoke, cpu, gpu"),
+        (["-p", "seed"], "expected name=value"),
+    ],
+)
+def test_command_line_refuses_bad_usage(arguments, sentence):
+    command = [sys.executable, str(ROOT / "notebooks/run.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert sentence in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda nb: nb.metadata.kernelspec.update(name="mine"), "kernel is not python3"),
+        (lambda nb: nb.cells[1].update(source="import json\nx = 1"), "more than imports"),
+        (lambda nb: nb.cells[1].update(source="%pip install x"), "not plain Python"),
+        (lambda nb: nb.cells[3].update(source="!ls"), "not plain Python"),
+        (lambda nb: nb.cells[3].update(source="%%time\nx = 1"), "not plain Python"),
+        (lambda nb: nb.cells[3].update(source="get_ipython().system('ls')"), "get_ipython"),
+        (lambda nb: nb.cells[3].update(source="if True:\n    class A: pass"), "defines a class"),
+        (lambda nb: nb.cells[2].metadata.clear(), "tagged 'parameters'"),
+        (lambda nb: nb.cells[2].update(source='profile = "smoke"'), "seed, device, out_dir"),
+        (lambda nb: nb.cells[3].update(execution_count=1), "stores outputs"),
+        (lambda nb: nb.cells[0].update(source="# Made up"), "Objectives"),
+        (lambda nb: nb.cells.pop(), "must end"),
+    ],
+)
+def test_structure_rules_notice(change, problem, tmp_path):
+    notebook = nbformat.read(fabricate(tmp_path, "x = 1"), as_version=4)
+    change(notebook)
+    assert problem in "; ".join(structure_problems(notebook))

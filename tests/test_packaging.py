@@ -1,0 +1,245 @@
+"""What the repository promises about itself: requirements, commands, and who may import whom."""
+
+import ast
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "mfdiff_lite"
+
+# The house, ground floor first: a module imports only from modules that stand above it here. A new module is put in,
+# which is a decision about the design and not a way to silence the test.
+ORDER = [
+    "config",
+    "anatomy",
+    "phantom",
+    "scanner",
+    "scan",
+    "cohort",
+    "fusion",
+    "denoiser",
+    "diffusion",
+    "model",
+    "training",
+    "metrics",
+    "baselines",
+    "evaluation",
+    "explorer",
+    "__main__",
+]
+CONDA_NAMES = {"pytorch": "torch"}
+IMPORT_NAMES = {  # where the import is not the distribution's name with _ for -
+    "pillow": "PIL",
+    "pytest-xdist": "xdist",
+    "pyyaml": "yaml",
+    "scikit-image": "skimage",
+}
+
+
+def requirements(*groups: str) -> dict[str, Requirement]:
+    """Requirements of the package, or of the named extras, by canonical name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [t for g in groups for t in project["optional-dependencies"][g]] if groups else project["dependencies"]
+    found = [Requirement(text) for text in texts]
+    return {canonicalize_name(r.name): r for r in found}
+
+
+def needed_here(requirement: Requirement) -> bool:
+    """Whether a requirement applies to the Python that runs this."""
+    return requirement.marker is None or requirement.marker.evaluate()
+
+
+def import_name(distribution: str) -> str:
+    """The top-level module of a distribution."""
+    return IMPORT_NAMES.get(distribution, distribution.replace("-", "_"))
+
+
+def imports_of(tree) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import in a syntax tree; relative ones start with a dot."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = "." * node.level
+            # "from . import scan" names modules, "from .scan import Scan" names one.
+            found += [(node.lineno, start + (node.module or alias.name)) for alias in node.names]
+    return sorted(set(found))
+
+
+def tree_of(path: Path):
+    """Syntax tree of a Python file, or of all code cells of a notebook."""
+    if path.suffix == ".py":
+        return ast.parse(path.read_text(encoding="utf-8"))
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return ast.parse("\n".join(line for cell in cells for line in cell.splitlines() if not line.startswith("%")))
+
+
+def sources(folder: Path) -> list[Path]:
+    """Python files and notebooks of a folder."""
+    hidden = {".ipynb_checkpoints", "__pycache__"}
+    return sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".ipynb") and not hidden & set(p.parts))
+
+
+MODULES = sorted(LIBRARY.glob("*.py"))
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+
+
+# Requirements
+
+
+def test_environment_and_pyproject_agree():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert listed["name"] == "mfdiff_lite"
+    plain = [Requirement(text) for text in listed["dependencies"] if isinstance(text, str)]
+    conda = {CONDA_NAMES.get(r.name, canonicalize_name(r.name)): r.specifier for r in plain}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert str(conda.pop("python")) == project["requires-python"]
+    conda.pop("pip")
+    assert conda == {name: r.specifier for name, r in requirements().items()}
+    assert {"pip": ["-e .[dev]"]} in listed["dependencies"]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n, r in (requirements() | requirements("dev")).items() if needed_here(r))
+)
+def test_every_requirement_can_be_imported(name):
+    importlib.import_module(import_name(name))
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [("mfdiff_lite", []), ("notebooks", []), ("data", []), ("benchmarks", ["dev", "bench"]), ("tests", ["dev"])],
+)
+def test_every_import_is_a_declared_requirement(folder, extras):
+    declared = requirements() | (requirements(*extras) if extras else {})
+    files = sources(ROOT / folder)
+    allowed = {import_name(name) for name in declared} | {"mfdiff_lite"} | {path.stem for path in files}
+    allowed |= set(sys.stdlib_module_names)
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files
+        for line, name in imports_of(tree_of(path))
+        if not name.startswith(".") and name.split(".")[0] not in allowed
+    ]
+    assert not found, f"not in pyproject.toml: {found}"
+
+
+# Commands and papers
+
+
+def test_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"] == "MIT"
+    paper = citation["preferred-citation"]
+    assert paper["doi"] == "10.26599/TST.2026.90100027"
+    assert [a["family-names"] for a in paper["authors"]] == ["Zhang", "Chen", "Tian", "Gao", "Jiang", "Fu"]
+
+
+def test_ci_runs_the_command_of_the_readme():
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK), ".ci/run is not executable"
+    last = script.read_text(encoding="utf-8").strip().splitlines()[-1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
+    commands = {line.split("#")[0].strip() for block in blocks for line in block.splitlines()}
+    assert last == "make test"
+    assert {"make demo", "make test"} <= commands
+
+
+def test_readme_and_help_name_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")]
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", "\n".join(texts), flags=re.MULTILINE))
+    assert named <= targets, f"no such target: {named - targets}"
+
+
+def test_package_data_is_listed():
+    """Everything in the library's data folders ships, and nothing there is out of reach of package-data."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    patterns = tool["setuptools"]["package-data"]["mfdiff_lite"]
+    shipped = {path for pattern in patterns for path in LIBRARY.glob(pattern)}
+    stored = {p for p in LIBRARY.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert shipped == stored
+
+
+# Architecture
+
+
+def above(importer: str) -> set[str]:
+    """Modules that `importer` may import from."""
+    return set(ORDER[: ORDER.index(importer)])
+
+
+def library_imports(path: Path) -> list[tuple[int, str]]:
+    """(line, module of this library, '' for the package itself) for every import of our own in a library module."""
+    found = []
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found += [(node.lineno, n[1] if len(n) > 1 else "") for n in names if n[0] == "mfdiff_lite"]
+        elif isinstance(node, ast.ImportFrom):
+            full = ("mfdiff_lite." if node.level else "") + (node.module or "")
+            parts = full.strip(".").split(".")
+            if parts[0] == "mfdiff_lite":
+                # "from . import name": a module if there is one of that name, else something of the package itself
+                inner = [a.name if a.name in ORDER else "" for a in node.names] if len(parts) == 1 else [parts[1]]
+                found += [(node.lineno, name) for name in inner]
+    return found
+
+
+@each_module
+def test_module_imports_only_from_above(path):
+    if path.stem == "__init__":
+        return  # the shop window: it gathers names from all floors
+    assert path.stem in ORDER, f"{path.name} has no place in ORDER (tests/test_packaging.py)"
+    allowed = above(path.stem) | ({""} if path.stem == "__main__" else set())
+    found = [(line, name or "the package itself") for line, name in library_imports(path) if name not in allowed]
+    assert not found, f"{path.name} imports what does not stand above it (line, module): {found}"
+
+
+@each_module
+def test_module_imports_nothing_out_of_place(path):
+    owners = {"ipywidgets": "explorer", "typer": "__main__", "argparse": "__main__", "click": "__main__"}
+    for line, name in imports_of(tree_of(path)):
+        top = name.split(".")[0]
+        assert owners.get(top, path.stem) == path.stem, f"{path.name}:{line}: only {owners[top]}.py imports {top}"
+        assert top not in {"tests", "notebooks", "data", "benchmarks", "pytest"}, f"{path.name}:{line} imports {name}"
+        assert top not in {"pickle", "cloudpickle", "joblib", "diffusers"}, f"{path.name}:{line} imports {name}"
+
+
+@each_module
+def test_public_names_have_docstrings(path):
+    tree = tree_of(path)
+    defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    bare = [n.name for n in tree.body if isinstance(n, defined) and n.name[0] != "_" and not ast.get_docstring(n)]
+    assert not bare, f"{path.name}: no docstring: {bare}"
+    assert ast.get_docstring(tree), f"{path.name} does not say what it is about"
+
+
+def test_architecture_rules_notice(tmp_path):
+    """Negative control of the import scan."""
+    path = tmp_path / "scan.py"
+    lines = ["from . import cohort", "from .model import MFdiff", "import mfdiff_lite.config", "def f():"]
+    path.write_text("\n".join([*lines, "    import mfdiff_lite"]), encoding="utf-8")
+    assert {name for _, name in library_imports(path)} == {"cohort", "model", "config", ""}
+    assert {"cohort", "model", ""} & above("scan") == set()
+    assert "config" in above("scan")
