@@ -32,10 +32,10 @@ class Profile:
     steps: int = 6000
     batch: int = 8
     crop: int = 96  # pixels
-    learning_rate: float = 1e-3
+    learning_rate: float = 8e-4
     warmup: int = 200
     ema: float = 0.999
-    lesion_weight: float = 4.0  # of voxels in lesions with uptake, beside 1 for the brain
+    lesion_weight: float = 5.0  # of voxels in lesions with uptake, beside 1 for the brain
     no_mr: float = 0.08  # share of training slices without MR
     wrong_mr: float = 0.06  # ... with another patient's MR
     validate_every: int = 250

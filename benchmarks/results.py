@@ -1,0 +1,280 @@
+"""Measure every number and figure of the README again: `make results` (about 15 minutes on 2 cores; `--quick` for a look).
+
+Writes results/*.json, results/*.png and the rows of group "restore" in results/targets.json. Anything tuned is tuned on the validation
+anatomy; the test anatomy is touched once, with those values.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import torch
+import typer
+from tqdm import tqdm
+
+from mfdiff_lite import metrics
+from mfdiff_lite.anatomy import load_anatomy
+from mfdiff_lite.baselines import gaussian, tune_gaussian
+from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES
+from mfdiff_lite.diffusion import NoiseSchedule, sample
+from mfdiff_lite.evaluation import Table, evaluate
+from mfdiff_lite.model import FIDELITY, START, STEPS, load_pretrained
+from mfdiff_lite.phantom import Randomisation, virtual_patient
+from mfdiff_lite.scan import Scan
+from mfdiff_lite.scanner import Scanner
+from mfdiff_lite.training import code_revision
+
+matplotlib.use("Agg")
+RESULTS = Path(__file__).parents[1] / "results"
+DOSE = 20
+SHIFTS = {"default scanner": None, "edge scanner": "edge-scanner"}
+LESIONS = Randomisation(lesion_radius=(3.0, 7.0), lesions_per_100ml=(0.8, 1.2))  # what the issue of PET-only lesions is judged on
+
+
+def scans(anatomies: tuple[str, ...], count: int, slices: int, shift: str | None, first: int) -> list[Scan]:
+    """Scans of new virtual patients, with a second SPET of each as `scan.second` for the ceiling."""
+    scanner, made = Scanner.shifted(shift), []
+    for index in tqdm(range(count), desc=f"{shift or 'default'} scans", unit="patient"):
+        patient = virtual_patient(load_anatomy(anatomies[index % len(anatomies)]), first + index, slices=slices, randomisation=LESIONS)
+        scan = scanner.scan(patient, DOSE)
+        scan.second = scanner.reconstruct(scanner.acquire(patient.activity, patient.attenuation, patient.seed + 77_777))
+        made.append(scan)
+    return made
+
+
+def choose_on_validation(model, quick: bool) -> dict:
+    """The Gaussian's width for each scanner and the curve of fidelity: PSNR against contrast kept and leak."""
+    chosen: dict = {"patients": {}, "gaussian_fwhm_mm": {}, "fidelity": []}
+    for name, shift in SHIFTS.items():
+        cases = scans(VALIDATION_ANATOMIES, 2 if quick else 6, 8 if quick else 24, shift, first=500_000)
+        chosen["gaussian_fwhm_mm"][name] = tune_gaussian(cases)
+        chosen["patients"][name] = len(cases)
+        if shift is None:
+            width = chosen["gaussian_fwhm_mm"][name]
+            gaussians = evaluate({"gaussian": lambda s, w=width: gaussian(s.lpet, s.voxel_size, w)}, cases)
+            for fidelity in (0.0, 0.25, 0.5, 0.75, 1.0):
+                table = evaluate({"mean": lambda s, f=fidelity: model.restore(s, 4, fidelity=f).mean}, cases)
+                row = {key: value["mean"] for key, value in table["summary"]["spet"]["mean"].items()}
+                chosen["fidelity"].append({"fidelity": fidelity, **row})
+            chosen["gaussian"] = {key: value["mean"] for key, value in gaussians["summary"]["spet"]["gaussian"].items()}
+    chosen["default_fidelity"] = FIDELITY
+    return chosen
+
+
+def measure(model, cases: list[Scan], fwhm: float, samples: int) -> dict:
+    """All rows of the table for each patient, against SPET and against truth."""
+    restored = {}
+
+    def once(scan: Scan):
+        if scan.name not in restored:
+            restored.clear()
+            restored[scan.name] = model.restore(scan, samples)
+        return restored[scan.name]
+
+    methods = {
+        "Gaussian": lambda s: gaussian(s.lpet, s.voxel_size, fwhm),
+        "coarse": lambda s: once(s).coarse,
+        "one sample": lambda s: once(s).samples[0],
+        f"mean of {samples}": lambda s: once(s).mean,
+        "second SPET (ceiling)": lambda s: s.second,
+    }
+    return evaluate(methods, tqdm(cases, desc="restoring", unit="patient"))
+
+
+def paired(table: dict, better: str, worse: str, metric: str, against: str = "spet") -> tuple[float, tuple[float, float]]:
+    """Mean difference over patients with its 95 % interval."""
+    return metrics.mean_ci([p[against][better][metric] - p[against][worse][metric] for p in table["patients"]])
+
+
+def sampler_agreement(model, cases: list[Scan], slices: int) -> tuple[float, tuple[float, float]]:
+    """PSNR of `STEPS` warm-started steps minus 50 steps of DDIM from noise, K = 8 means, per patient."""
+    differences = []
+    for scan in tqdm(cases, desc="50-step DDIM", unit="patient"):
+        middle = scan.lpet.shape[2] // 2
+        cut = slice(middle - slices // 2, middle - slices // 2 + slices)
+        part = Scan(scan.lpet[..., cut], scan.mr[..., cut], scan.spet[..., cut], mask=scan.mask[..., cut], affine=scan.affine, dose_reduction=DOSE)
+        fast = model.restore(part, 8).mean
+        slow = model.restore(part, 8, steps=50, start=1.0, method="ddim").mean
+        differences.append(metrics.psnr(fast, part.spet, part.mask) - metrics.psnr(slow, part.spet, part.mask))
+    return metrics.mean_ci(differences)
+
+
+def seconds_per_slice(model) -> float:
+    """Median time of one 128 x 128 slice, one sample, the whole field of view."""
+    lpet, mr = (torch.rand(1, 3, 128, 128) for _ in range(2))
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        model.restore_slices(lpet, mr, torch.tensor([float(DOSE)]), torch.randn(1, 1, 128, 128))
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+def volume_cost(slices: int) -> dict[str, float]:
+    """Seconds and peak memory of restoring a volume with one sample, in a process of its own."""
+    code = (
+        "import sys, time, resource, numpy as np\n"
+        "import mfdiff_lite as mf\n"
+        "n = int(sys.argv[1]); rng = np.random.default_rng(0)\n"
+        "x = np.indices((128, 128)) - 63.5; head = ((x[0] / 38) ** 2 + (x[1] / 46) ** 2 < 1)[..., None]\n"
+        "lpet = (rng.gamma(2, 5, (128, 128, n)) * head).astype('float32'); mr = (rng.random((128, 128, n)) * head).astype('float32')\n"
+        "model = mf.load_pretrained('cpu'); began = time.perf_counter(); model.restore(mf.Scan(lpet, mr), n_samples=1)\n"
+        "print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(slices)], capture_output=True, text=True, check=True)
+    seconds, gigabytes = map(float, done.stdout.split())
+    return {"slices": slices, "seconds": seconds, "peak_gb": gigabytes}
+
+
+def adjoint_error() -> float:
+    """|<A x, y> - <x, A' y>| / |<A x, y>| with dot products in float64."""
+    scanner, rng = Scanner(), np.random.default_rng(0)
+    x = rng.random((128, 128, 2), dtype=np.float32)
+    y = rng.random((scanner.angles, 128, 2), dtype=np.float32)
+    left, right = np.vdot(scanner.forward(x).astype(float), y.astype(float)), np.vdot(x.astype(float), scanner.adjoint(y).astype(float))
+    return abs(left - right) / abs(left)
+
+
+def gaussian_sampler_error() -> float:
+    """DPM-Solver++ in 100 steps on x0 ~ N(0, 0.5^2), whose optimal denoiser is known: relative error of the SD it generates."""
+    schedule, sd = NoiseSchedule(), 0.5
+
+    def optimal(xt, t):
+        a = schedule.alpha_bar(t, xt)
+        x0 = a.sqrt() * sd**2 / (a * sd**2 + 1 - a) * xt
+        return (a.sqrt() * xt - x0) / (1 - a).sqrt()
+
+    noise = torch.ones(1, 1, dtype=torch.float64)
+    return abs(float(sample(optimal, noise, schedule, steps=100)) / sd - 1)
+
+
+def ddim_parity() -> float:
+    """Largest difference to the DDIM trajectory of `diffusers`, 50 steps, with a deterministic dummy model."""
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
+    theirs.set_timesteps(50)
+    start = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    dummy = lambda x, t: 0.3 * torch.tanh(x) + 0.1 * x  # noqa: E731
+    image = start
+    for t in theirs.timesteps:
+        image = theirs.step(dummy(image, t), t, image, eta=0.0).prev_sample
+    return float((sample(dummy, start, NoiseSchedule(), steps=50, method="ddim") - image).abs().max())
+
+
+class Targets:
+    """Rows of results/targets.json for one group; others stay as they are."""
+
+    def __init__(self, group: str, command: str):
+        self.group, self.command, self.rows, self.revision = group, command, [], code_revision()
+
+    def add(self, name: str, relation: str, value: float, unit: str, sense: str, must: float, aim: float | None = None, ci95=None) -> None:
+        met = bool(value >= must if sense == ">=" else value <= must)
+        self.rows.append(
+            {"id": f"{self.group}.{name}", "relation": relation, "value": round(float(value), 9), "ci95": ci95 and [round(float(c), 6) for c in ci95],
+             "unit": unit, "sense": sense, "must": must, "aim": aim, "met": met, "command": self.command, "revision": self.revision}
+        )  # fmt: skip
+
+    def write(self) -> None:
+        path = RESULTS / "targets.json"
+        others = [row for row in json.loads(path.read_text()) if not row["id"].startswith(f"{self.group}.")] if path.exists() else []
+        write_json("targets.json", others + self.rows)
+
+
+def write_json(name: str, content: object) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def picture(model, scan: Scan) -> None:
+    """The README's case."""
+    from mfdiff_lite.explorer import figure
+
+    figure(scan, model.restore(scan, 8)).savefig(RESULTS / "restored.png", dpi=80, bbox_inches="tight")
+
+
+def fidelity_picture(chosen: dict) -> None:
+    """PSNR against lesion contrast kept, on validation patients."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), facecolor="white")
+    points = chosen["fidelity"]
+    axes.plot([p["contrast_kept"] for p in points], [p["psnr"] for p in points], "o-", label="mean of 4, by fidelity")
+    for p in points:
+        axes.annotate(f"{p['fidelity']:g}", (p["contrast_kept"], p["psnr"]), textcoords="offset points", xytext=(6, 4))
+    axes.plot(chosen["gaussian"]["contrast_kept"], chosen["gaussian"]["psnr"], "s", color="black", label="best 3-D Gaussian")
+    axes.set(xlabel="contrast of PET-only lesions kept (SPET = 1)", ylabel="PSNR against SPET [dB]", title=f"Fidelity, validation anatomy, DRF {DOSE}")
+    axes.legend()
+    figure.savefig(RESULTS / "fidelity.png", dpi=100, bbox_inches="tight")
+
+
+def as_table(title: str, summary: dict) -> Table:
+    return Table(title, {method: {key: value["mean"] for key, value in row.items()} for method, row in summary.items()})
+
+
+def main(quick: Annotated[bool, typer.Option("--quick", help="2 patients, few slices, nothing written: a look at the tables")] = False) -> None:
+    """Measure the shipped weights on the test anatomy."""
+    model, samples = load_pretrained("cpu"), 8
+    targets = Targets("restore", "make results")
+    chosen = choose_on_validation(model, quick)
+    tables = {}
+    for name, shift in SHIFTS.items():
+        cases = scans(TEST_ANATOMIES, 2 if quick else 8, 8 if quick else 48, shift, first=900_000)
+        tables[name] = measure(model, cases, chosen["gaussian_fwhm_mm"][name], samples)
+        for against in ("spet", "truth"):
+            title = f"{name}, DRF {DOSE}, n = {len(cases)}, against {against}"
+            print(f"\n{as_table(title, tables[name]['summary'][against])}")
+        mean, short = f"mean of {samples}", name.split()[0]
+        gain, ci = paired(tables[name], mean, "LPET", "psnr")
+        over, over_ci = paired(tables[name], mean, "Gaussian", "psnr")
+        if shift is None:
+            targets.add("gain_over_lpet", f"PSNR of the K=8 mean over the LPET, {name}, test anatomy", gain, "dB", ">=", 5.0, 7.0, ci)
+            targets.add("gain_over_gaussian", "over the best 3-D Gaussian (tuned on validation)", over, "dB", ">=", 1.5, None, over_ci)
+            agreement, agreement_ci = sampler_agreement(model, cases[: 2 if quick else 4], 4 if quick else 12)
+            if not quick:
+                picture(model, cases[0])
+        else:
+            targets.add("gain_over_lpet_edge", f"PSNR of the K=8 mean over the LPET, {name}", gain, "dB", ">=", 5.0, 7.0, ci)
+            targets.add("gain_over_gaussian_edge", "over the best 3-D Gaussian on the second scanner", over, "dB", ">=", 1.0, None, over_ci)
+        bias = [p["spet"][mean]["activity_bias"] - p["spet"]["LPET"]["activity_bias"] for p in tables[name]["patients"]]
+        value, ci = metrics.mean_ci(np.abs(bias))
+        targets.add(f"activity_{short}", f"|total brain activity relative to the LPET's - 1|, {name}", 100 * value, "%", "<=", 2.0, None, np.multiply(ci, 100))
+        kept, kept_ci = paired(tables[name], mean, "Gaussian", "contrast_kept")
+        targets.add(f"contrast_vs_gaussian_{short}", f"PET-only contrast kept minus the best Gaussian's, {name}", kept, "", ">=", 0.0, None, kept_ci)
+        own = tables[name]["summary"]["spet"][mean]["contrast_kept"]
+        targets.add(f"contrast_kept_{short}", f"PET-only contrast kept (SPET = 1), {name}", own["mean"], "", ">=", 0.7, 0.9, own["ci95"])
+        leak, leak_ci = paired(tables[name], mean, "LPET", "mr_leak", "truth")
+        targets.add(f"mr_leak_{short}", f"false contrast at MR-only lesions minus the LPET's own, {name}", leak, "", "<=", 0.0, None, leak_ci)
+    targets.add("sampler_steps", f"PSNR lost by {STEPS} warm-started steps against 50 DDIM steps from noise", -agreement, "dB", "<=", 0.1, None,
+                sorted(-c for c in agreement_ci))  # fmt: skip
+    targets.add("slice_seconds", "one 128 x 128 slice, one sample", seconds_per_slice(model), "s", "<=", 0.25)
+    costs = [volume_cost(n) for n in (32, 64)]
+    targets.add("volume_seconds", "64-slice volume, one sample", costs[1]["seconds"], "s", "<=", 15.0)
+    targets.add("peak_memory", "peak memory of a 64-slice volume", costs[1]["peak_gb"], "GB", "<=", 1.5)
+    targets.add("memory_growth", "peak memory of 64 slices minus that of 32", costs[1]["peak_gb"] - costs[0]["peak_gb"], "GB", "<=", 0.1)
+    targets.add("adjoint", "relative adjoint error of the projector", adjoint_error(), "", "<=", 1e-6)
+    targets.add("gaussian_sampler", "DPM-Solver++ on a closed-form Gaussian, 100 steps, relative SD error", gaussian_sampler_error(), "", "<=", 1e-3)
+    targets.add("ddim_parity", "largest difference to the diffusers DDIM trajectory", ddim_parity(), "", "<=", 1e-5)
+    print()
+    for row in targets.rows:
+        print(f"{'met   ' if row['met'] else 'MISSED'}  {row['id']:36} {row['value']:.4g} {row['unit']} ({row['sense']} {row['must']:g})")
+    if quick:
+        return
+    targets.write()
+    fidelity_picture(chosen)
+    setting = {"dose_reduction": DOSE, "samples": samples, "steps": STEPS, "start": START, "fidelity": FIDELITY, "revision": targets.revision}
+    write_json("restore.json", {"setting": setting, "tables": tables, "cost": costs, "torch_threads": torch.get_num_threads()})
+    write_json("validation.json", chosen)
+    text = [str(as_table(f"{name}, against {'SPET' if a == 'spet' else 'truth'}", tables[name]["summary"][a])) for name in SHIFTS for a in ("spet", "truth")]
+    (RESULTS / "tables.txt").write_text("\n\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
