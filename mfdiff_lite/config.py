@@ -45,9 +45,11 @@ class Profile:
         for key in ("patients", "validation_patients", "slab", "doses", "steps", "batch", "validate_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: expected at least 1, found {getattr(self, key)}")
+        if not 1 <= self.dose_range[0] <= self.dose_range[1] < float("inf"):
+            raise ValueError(f"dose_range: expected lowest,highest dose-reduction factor, each at least 1, found {self.dose_range}")
         if self.crop % 32 or not 32 <= self.crop <= 128:
             raise ValueError(f"crop: expected a multiple of 32 from 32 to 128, found {self.crop}")
-        if self.context % 2 == 0 or self.context > self.slab:
+        if self.context % 2 == 0 or not 1 <= self.context <= self.slab:
             raise ValueError(f"context: expected an odd number of slices, at most slab = {self.slab}, found {self.context}")
 
 
@@ -64,7 +66,7 @@ PROFILES = {
 }  # fmt: skip
 
 
-def load_profile(name: str, **overrides: object) -> Profile:
+def load_profile(name: str, /, **overrides: object) -> Profile:
     """A named profile with single values replaced: `load_profile("cpu", steps=100)`; strings are parsed ("steps": "100").
 
     Raises ValueError for an unknown profile or key, or a value of the wrong type.
@@ -82,9 +84,9 @@ def load_profile(name: str, **overrides: object) -> Profile:
 
 def _parsed(key: str, value: object, kind: type | types.GenericAlias) -> object:
     if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
+        item, *others = typing.get_args(kind)
         parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
-        if isinstance(parts, (list, tuple)) and parts:
+        if isinstance(parts, (list, tuple)) and parts and (others == [...] or len(parts) == 1 + len(others)):
             return tuple(_parsed(key, part, item) for part in parts)
     else:
         try:

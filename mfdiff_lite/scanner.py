@@ -45,8 +45,8 @@ class Sinogram:
 
     def thin(self, dose_reduction: float, seed: int) -> Sinogram:
         """Keep each count with probability 1 / dose_reduction, as list-mode decimation does: again Poisson."""
-        if not dose_reduction >= 1:
-            raise ValueError(f"dose_reduction must be at least 1, not {dose_reduction}")
+        if not 1 <= dose_reduction < np.inf:
+            raise ValueError(f"dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found {dose_reduction}")
         rng = np.random.default_rng(seed)
         kept = rng.binomial(self.counts.astype(np.int64), 1 / dose_reduction).astype(np.float32)
         return Sinogram(kept, self.background / dose_reduction, self.sensitivity / dose_reduction)

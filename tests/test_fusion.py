@@ -1,0 +1,131 @@
+"""What the fusion module and the denoiser promise by construction."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch.nn import functional as F
+
+from mfdiff_lite.denoiser import ConditionalUNet
+from mfdiff_lite.fusion import WINDOW, GatedFusion, MultiModalityFusion, double, halve, local_correlation, smooth
+from mfdiff_lite.layers import Embedding, dose_scalar
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def fusion():
+    torch.manual_seed(0)
+    module = MultiModalityFusion((8, 16, 32)).eval()
+    torch.nn.init.normal_(module.head.weight, std=0.05)  # trained or not, the promises must hold
+    return module
+
+
+def test_halve_is_pixel_unshuffle_and_double_undoes_it():
+    x = randn(2, 3, 8, 12)
+    assert torch.equal(halve(x), F.pixel_unshuffle(x, 2))
+    assert torch.equal(double(halve(x)), x)
+
+
+def test_smooth_is_a_gaussian_that_keeps_activity():
+    x = torch.zeros(1, 3, 64, 64)
+    x[0, 1, 32, 32] = 1
+    got = smooth(x)[0, 0].numpy()
+    assert got[:, 32] / got[:, 32].max() == pytest.approx(
+        ndimage.gaussian_filter1d(np.eye(64)[32], 1.5)[:] / ndimage.gaussian_filter1d(np.eye(64)[32], 1.5).max(), abs=0.01
+    )
+    assert smooth(torch.full((1, 3, 32, 32), 2.5)).numpy() == pytest.approx(2.5, rel=1e-5)
+
+
+def test_local_correlation_knows_its_extremes_and_ignores_contrast():
+    p = F.instance_norm(randn(2, 8, 16, 16))
+    assert local_correlation(p, p).numpy() == pytest.approx(1, abs=1e-3)
+    assert local_correlation(p, -p).numpy() == pytest.approx(-1, abs=1e-3)
+    m = randn(2, 8, 16, 16, seed=1)
+    inverted_gain = F.instance_norm(3 * m + 7)
+    assert torch.allclose(local_correlation(p, F.instance_norm(m)), local_correlation(p, inverted_gain), atol=1e-4)
+    assert local_correlation(p, F.instance_norm(m)).abs().mean() < 0.35
+
+
+def test_attention_stays_in_its_window():
+    torch.manual_seed(0)
+    fuse, p, m = GatedFusion(8), randn(1, 8, 16, 16), randn(1, 8, 16, 16, seed=1)
+    changed = m.clone()
+    changed[:, :, :WINDOW, :WINDOW] += randn(1, 8, WINDOW, WINDOW, seed=2)
+    difference = (fuse.attend(p, m) - fuse.attend(p, changed)).abs().sum(1)[0]
+    assert (difference[:WINDOW, :WINDOW] > 0).all()
+    difference[:WINDOW, :WINDOW] = 0
+    assert difference.max() == 0
+
+
+def test_attention_weights_average_the_values():
+    """With a value projection of the identity and constant MR features, whatever the query, the answer is that constant."""
+    fuse = GatedFusion(8)
+    with torch.no_grad():
+        fuse.key_value.weight[8:, :, 0, 0] = torch.eye(8)
+        fuse.key_value.bias.zero_()
+    constant = torch.arange(8.0).reshape(1, 8, 1, 1).expand(1, 8, 8, 8)
+    assert torch.allclose(fuse.attend(randn(1, 8, 8, 8), constant), constant, atol=1e-5)
+
+
+def test_a_closed_gate_returns_the_pet_features_exactly():
+    fuse, p, m = GatedFusion(8), randn(1, 8, 8, 8), randn(1, 8, 8, 8, seed=1)
+    with torch.no_grad():
+        fuse.gate.weight.zero_()
+        fuse.gate.bias.fill_(-1e4)
+    fused, gate, _ = fuse(p, m)
+    assert torch.equal(fused, p) and gate.max() == 0
+
+
+def test_gate_and_similarity_stay_in_range(fusion):
+    fused = fusion(5 * randn(2, 3, 32, 64), 5 * randn(2, 3, 32, 64, seed=1), torch.tensor([4.0, 100.0]))
+    assert 0 <= fused.gate.min() and fused.gate.max() <= 1
+    assert -1.001 <= fused.similarity.min() and fused.similarity.max() <= 1.001
+
+
+def test_an_untrained_module_starts_as_the_gaussian_filter():
+    module = MultiModalityFusion((8, 16, 32))
+    lpet = randn(1, 3, 32, 32).abs()
+    assert torch.equal(module(lpet, randn(1, 3, 32, 32), torch.tensor([20.0])).coarse, smooth(lpet))
+
+
+def test_mr_gain_does_not_matter_to_the_fusion_but_its_structure_does(fusion):
+    lpet, mr, dose = randn(1, 3, 32, 32).abs(), randn(1, 3, 32, 32, seed=1), torch.tensor([20.0])
+    base = fusion(lpet, mr, dose).coarse
+    assert (fusion(lpet, mr.flip(-1), dose).coarse - base).abs().max() > 1e-4
+    assert (fusion(lpet, mr, torch.tensor([80.0])).coarse - base).abs().max() == 0  # FiLM starts at zero: learned, not given
+
+
+def test_slices_of_a_batch_do_not_see_each_other(fusion):
+    lpet, mr, dose = randn(3, 3, 32, 32).abs(), randn(3, 3, 32, 32, seed=1), torch.tensor([4.0, 20.0, 100.0])
+    together = fusion(lpet, mr, dose)
+    alone = fusion(lpet[1:2], mr[1:2], dose[1:2])
+    assert torch.allclose(together.coarse[1:2], alone.coarse, atol=1e-5)
+    assert torch.allclose(together.feature[1:2], alone.feature, atol=1e-5)
+
+
+def test_the_denoiser_has_no_road_for_raw_mr_and_uses_each_of_its_conditions():
+    torch.manual_seed(0)
+    net = ConditionalUNet((8, 16, 32), feature=8)
+    torch.nn.init.normal_(net.head.weight, std=0.1)
+    for module in net.modules():
+        if hasattr(module, "film"):
+            torch.nn.init.normal_(module.film.weight, std=0.1)
+    given = {
+        "xt": randn(1, 1, 32, 32), "time": torch.tensor([0.4]), "lpet": randn(1, 1, 32, 32, seed=1),
+        "feature": randn(1, 8, 16, 16, seed=2), "dose_reduction": torch.tensor([20.0]),
+    }  # fmt: skip
+    base = net(**given)
+    for name, value in given.items():
+        assert (net(**{**given, name: value * 1.5}) - base).abs().max() > 1e-5, name
+    assert "mr" not in given
+
+
+def test_dose_scalar_and_embedding_tell_doses_apart():
+    doses = torch.tensor([4.0, 20.0, 100.0])
+    assert dose_scalar(doses).numpy() == pytest.approx([-1, 0, 1], abs=1e-6)
+    torch.manual_seed(0)
+    codes = Embedding(1, 16)(dose_scalar(doses))
+    assert torch.cdist(codes, codes)[~torch.eye(3, dtype=bool)].min() > 0.05

@@ -1,0 +1,336 @@
+"""Metrics against closed forms, and against the mistakes that published code has made (field notes, section 6)."""
+
+import inspect
+
+import numpy as np
+import pytest
+from scipy import ndimage
+from skimage.metrics import structural_similarity
+
+from mfdiff_lite import evaluation, metrics
+from mfdiff_lite.baselines import gaussian, tune_gaussian
+from mfdiff_lite.evaluation import brain_mask, compare, evaluate, score
+from mfdiff_lite.metrics import activity_bias, contrast_kept, lesion_contrast, mean_ci, mr_leak, nrmse, peak, psnr, ssim
+from mfdiff_lite.scan import ActivityScale, Lesion, Scan
+
+SHAPE = (40, 40, 12)
+X, Y, Z = np.indices(SHAPE).astype(float)
+
+
+def ball(centre, radius):
+    return (X - centre[0]) ** 2 + (Y - centre[1]) ** 2 + (Z - centre[2]) ** 2 <= radius**2
+
+
+@pytest.fixture
+def mask():
+    return (X - 19.5) ** 2 + (Y - 19.5) ** 2 < 17**2
+
+
+@pytest.fixture
+def reference(mask):
+    rng = np.random.default_rng(0)
+    return (np.where(mask, 4, 0.2) + ndimage.gaussian_filter(rng.standard_normal(SHAPE), 1.5) * 8).clip(0).astype(np.float32)
+
+
+@pytest.fixture
+def lesion_case():
+    """Even activity 4 with PET-only lesions of contrast +1 and -0.5 and an MR-only lesion, well apart."""
+    lesions = np.zeros(SHAPE, np.uint8)
+    for label, centre in ((1, (10, 10, 6)), (2, (28, 12, 6)), (3, (20, 29, 6))):
+        lesions[ball(centre, 2.6)] = label
+    table = (Lesion(1, "pet-only", True, 5.0), Lesion(2, "pet-only", False, 5.0), Lesion(3, "mr-only", True, 5.0))
+    truth = np.full(SHAPE, 4.0, np.float32)
+    truth[lesions == 1], truth[lesions == 2] = 8.0, 2.0
+    return truth, lesions, table, np.ones(SHAPE, bool)
+
+
+# ---- whole image ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.5, -0.125])
+def test_constant_offset(reference, mask, offset):
+    x = reference + np.float32(offset)
+    assert psnr(x, reference, mask) == pytest.approx(20 * np.log10(np.percentile(reference[mask], 99.9) / abs(offset)), abs=1e-3)
+    assert nrmse(x, reference, mask) == pytest.approx(abs(offset) / np.sqrt(np.mean(reference[mask].astype(float) ** 2)), rel=1e-5)
+    assert activity_bias(x, reference, mask) == pytest.approx(offset / reference[mask].astype(float).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.02, 3.0])
+def test_scaling(reference, mask, factor):
+    x = (factor * reference).astype(np.float32)
+    assert nrmse(x, reference, mask) == pytest.approx(abs(factor - 1), rel=1e-4)
+    assert activity_bias(x, reference, mask) == pytest.approx(factor - 1, rel=1e-4)
+
+
+def test_equal_images(reference, mask):
+    assert psnr(reference, reference, mask) == float("inf")
+    assert nrmse(reference, reference, mask) == 0
+    assert ssim(reference, reference, mask) == pytest.approx(1, abs=1e-9)
+    assert activity_bias(reference, reference, mask) == pytest.approx(0, abs=1e-9)
+
+
+def test_psnr_does_not_depend_on_the_unit(reference, mask):
+    x = reference + np.random.default_rng(1).normal(0, 0.3, SHAPE)
+    assert psnr(1000 * x, 1000 * reference, mask) == pytest.approx(psnr(x, reference, mask), abs=1e-4)
+    assert ssim(1000 * x, 1000 * reference, mask) == pytest.approx(ssim(x, reference, mask), abs=1e-6)
+
+
+def test_white_noise_has_its_psnr(reference, mask):
+    x = reference + np.random.default_rng(1).normal(0, 0.2, SHAPE)
+    assert psnr(x, reference, mask) == pytest.approx(20 * np.log10(peak(reference, mask) / 0.2), abs=0.15)
+
+
+def test_ssim_is_skimage_on_whole_slices_averaged_in_the_mask(reference, mask):
+    mask[..., 0] = False
+    x = ndimage.gaussian_filter(reference, 1.0)
+    maps = [
+        structural_similarity(
+            x[..., z].astype(float), reference[..., z].astype(float), win_size=11, gaussian_weights=True, sigma=1.5, full=True,
+            use_sample_covariance=False, data_range=np.percentile(reference[mask], 99.9),
+        )[1]
+        for z in range(SHAPE[2])
+    ]  # fmt: skip
+    assert ssim(x, reference, mask) == pytest.approx(np.stack(maps, -1)[mask].mean(), abs=1e-7)
+    assert 0.3 < ssim(x, reference, mask) < 0.99
+
+
+def test_nothing_outside_the_mask_counts(reference, mask):
+    far = ~ndimage.binary_dilation(mask, iterations=6)  # beyond the window of SSIM
+    assert far.any()
+    rng = np.random.default_rng(2)
+    x = reference + rng.normal(0, 0.3, SHAPE)
+    y = np.where(far, 99.0, x)
+    for metric in (psnr, nrmse, ssim, activity_bias):
+        assert metric(y, reference, mask) == pytest.approx(metric(x, reference, mask), abs=1e-9)
+
+
+# ---- lesions -------------------------------------------------------------------------------------------------------
+
+
+def test_contrast_of_a_ball(lesion_case):
+    truth, lesions, _, brain = lesion_case
+    assert lesion_contrast(truth, lesions, 1, brain) == pytest.approx(1.0, abs=1e-6)
+    assert lesion_contrast(truth, lesions, 2, brain) == pytest.approx(-0.5, abs=1e-6)
+    assert lesion_contrast(truth, lesions, 3, brain) == pytest.approx(0.0, abs=1e-6)
+    assert lesion_contrast(7 * truth, lesions, 1, brain) == pytest.approx(1.0, abs=1e-6)  # whatever the unit
+
+
+def test_contrast_looks_at_the_ring_only(lesion_case):
+    """The ring: brain, between 1.5 and 4.5 voxels from the lesion, no other lesion."""
+    truth, lesions, _, brain = lesion_case
+    distance = ndimage.distance_transform_edt(lesions != 1)
+    disturbed = np.where((distance > 0) & (distance <= 1.5) | (distance > 4.5), 50.0, truth)
+    assert lesion_contrast(disturbed, lesions, 1, brain) == pytest.approx(1.0, abs=1e-6)
+    brain = X < 12  # half of the ring is not brain
+    assert lesion_contrast(np.where(brain, truth, 50.0), lesions, 1, brain | (lesions == 1)) == pytest.approx(1.0, abs=1e-6)
+    neighbour = lesions.copy()
+    neighbour[ball((16, 10, 6), 1.5)] = 9
+    assert lesion_contrast(np.where(neighbour == 9, 50.0, truth), neighbour, 1, np.ones(SHAPE, bool)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_contrast_at_the_edge_of_the_volume_and_without_a_ring(lesion_case):
+    truth, _, _, brain = lesion_case
+    lesions = np.zeros(SHAPE, np.uint8)
+    lesions[ball((0, 0, 0), 2.6)] = 1
+    image = np.where(lesions == 1, 6.0, 4.0)
+    assert lesion_contrast(image, lesions, 1, brain) == pytest.approx(0.5, abs=1e-6)
+    assert np.isnan(lesion_contrast(image, lesions, 1, lesions > 0))
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.0, 1.3])
+def test_contrast_kept_is_the_share(lesion_case, kept):
+    truth, lesions, table, brain = lesion_case
+    x = 4 + kept * (truth - 4)
+    assert contrast_kept(x, truth, lesions, table, brain) == pytest.approx(kept, abs=1e-6)
+    assert contrast_kept(3 * x, truth, lesions, table, brain) == pytest.approx(kept, abs=1e-6)
+
+
+def test_contrast_kept_is_a_slope_that_no_faint_lesion_can_ruin(lesion_case):
+    """One lesion of almost no contrast in the reference: its ratio is 100, the slope hardly moves."""
+    truth, lesions, table, brain = lesion_case
+    faint = truth.copy()
+    faint[lesions == 2] = 4 * 1.001
+    x = np.where(lesions == 2, 4 * 1.1, faint)
+    expected = (1 * 1 + 0.1 * 0.001) / (1 + 0.001**2)
+    assert contrast_kept(x, faint, lesions, table, brain) == pytest.approx(expected, abs=1e-5)
+
+
+def test_mr_leak_of_a_planted_false_lesion(lesion_case):
+    truth, lesions, table, brain = lesion_case
+    assert mr_leak(truth, truth, lesions, table, brain) == 0
+    for shown, leak in ((1.2, 0.2), (0.7, 0.3)):  # the sign must not cancel over lesions: absolute
+        x = np.where(lesions == 3, 4 * shown, truth)
+        assert mr_leak(x, truth, lesions, table, brain) == pytest.approx(leak, abs=1e-6)
+    second = lesions.copy()
+    second[ball((32, 30, 6), 2.6)] = 4
+    both = (*table, Lesion(4, "mr-only", False, 5.0))
+    x = np.where(second == 3, 4 * 1.2, np.where(second == 4, 4 * 0.8, truth))
+    assert mr_leak(x, truth, second, both, brain) == pytest.approx(0.2, abs=1e-6)
+
+
+def test_no_lesions_of_a_kind_is_nan(lesion_case):
+    truth, lesions, table, brain = lesion_case
+    assert np.isnan(contrast_kept(truth, truth, lesions, table, brain, kind="matched"))
+    assert np.isnan(mr_leak(truth, truth, lesions, table[:2], brain))
+
+
+# ---- many subjects -------------------------------------------------------------------------------------------------
+
+
+def test_mean_ci_of_known_data():
+    mean, (low, high) = mean_ci([2.0] * 5)
+    assert (mean, low, high) == (2.0, 2.0, 2.0)
+    values = np.random.default_rng(0).normal(10, 2, 200)
+    mean, (low, high) = mean_ci(values)
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert mean == pytest.approx(values.mean())
+    assert (mean - low, high - mean) == (pytest.approx(half, rel=0.1), pytest.approx(half, rel=0.1))
+    assert mean_ci(values) == mean_ci(values)  # seeded
+
+
+def test_mean_ci_covers():
+    """Of 300 samples of 30 subjects, the 95 % interval holds the true mean in about 94 % (percentile bootstrap; binomial SD 1.3 %)."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(300):
+        _, (low, high) = mean_ci(rng.exponential(1.0, 30) + 2, draws=500)
+        hits += low <= 3 <= high
+    assert 0.87 <= hits / 300 <= 0.985
+
+
+def test_mean_ci_leaves_out_what_is_not_a_number():
+    assert mean_ci([1.0, float("nan"), 3.0, float("inf")])[0] == 2.0
+
+
+def scan_of(lpet, spet, **kwargs):
+    return Scan(lpet, spet=spet, **kwargs)
+
+
+def test_evaluate_averages_over_patients(reference, mask):
+    scans = [
+        scan_of(reference + np.float32(noise), reference, mask=mask, activity=2 * reference, name=f"p{i}") for i, noise in enumerate((0.1, 0.2, 0.4))
+    ]
+    result = evaluate({"half": lambda scan: scan.spet + (scan.lpet - scan.spet) / 2}, scans)
+    summary = result["summary"]["spet"]
+    gain = np.array([p["spet"]["half"]["psnr"] - p["spet"]["LPET"]["psnr"] for p in result["patients"]])
+    np.testing.assert_allclose(gain, 20 * np.log10(2), atol=1e-3)
+    top = peak(reference, mask)
+    assert summary["LPET"]["psnr"]["mean"] == pytest.approx(np.mean([20 * np.log10(top / n) for n in (0.1, 0.2, 0.4)]), abs=1e-3)
+    assert summary["LPET"]["psnr"]["n"] == 3
+    low, high = summary["LPET"]["psnr"]["ci95"]
+    assert low < summary["LPET"]["psnr"]["mean"] < high
+    # Against the truth, twice the SPET: about -50 % activity. The two references are never mixed.
+    assert result["summary"]["truth"]["half"]["activity_bias"]["mean"] == pytest.approx(-0.5, abs=0.04)
+    assert summary["half"]["activity_bias"]["mean"] > 0
+
+
+def test_compare_tables(reference, mask):
+    scan = scan_of(reference + np.float32(0.2), reference, mask=mask, activity=2 * reference, name="case")
+    table = compare(scan, {"mine": reference[..., :]})
+    assert list(table.rows) == ["LPET", "Gaussian", "mine"]
+    assert table.rows["mine"]["psnr"] == float("inf") and table.rows["LPET"] == score(scan.lpet, reference, mask)
+    smooth = gaussian(scan.lpet, scan.voxel_size)
+    assert table.rows["Gaussian"]["psnr"] == psnr(smooth, reference, mask)
+    text = str(table)
+    assert "against SPET" in text and "inf" in text and f"{table.rows['LPET']['psnr']:.2f}" in text
+    assert compare(scan, {"mine": reference}, "truth").rows["mine"]["activity_bias"] == pytest.approx(-0.5, abs=1e-6)
+    assert "<b>" not in table._repr_html_() and table._repr_html_().count("<tr>") == 4
+
+
+def test_compare_needs_its_reference(reference):
+    for against in ("spet", "truth"):
+        with pytest.raises(ValueError, match=f"expected a scan with its {against}"):
+            compare(Scan(reference), {"x": reference}, against)
+
+
+# ---- baseline ------------------------------------------------------------------------------------------------------
+
+
+def test_gaussian_has_its_width_in_mm():
+    point = np.zeros((41, 41, 41), np.float32)
+    point[20, 20, 20] = 1
+    blurred = gaussian(point, (2.0, 2.0, 1.0), fwhm=6.0).astype(float)
+    assert blurred.sum() == pytest.approx(1, abs=1e-4)
+    for axis, voxel in enumerate((2.0, 2.0, 1.0)):
+        profile = blurred.sum(tuple({0, 1, 2} - {axis}))
+        width = np.sqrt((profile * ((np.arange(41) - 20) * voxel) ** 2).sum()) * 2.3548
+        assert width == pytest.approx(6.0, rel=0.02)
+
+
+def test_gaussian_leaves_the_axis_of_a_slice_alone():
+    image = np.random.default_rng(0).random((32, 32, 1)).astype(np.float32)
+    expected = ndimage.gaussian_filter(image[..., 0], 4.5 / 2.355 / 2, mode="nearest")
+    np.testing.assert_allclose(gaussian(image, (2.0, 2.0, 2.0))[..., 0], expected, rtol=1e-5)
+
+
+def test_tune_gaussian_finds_the_best_width(reference, mask):
+    """The reference is the noisy image filtered with 5 mm: that width is the best, at infinite PSNR but for rounding."""
+    noisy = reference + np.abs(np.random.default_rng(0).normal(0, 1, SHAPE)).astype(np.float32)
+    scan = scan_of(noisy, gaussian(noisy, (2.0, 2.0, 2.0), 5.0) * np.float32(1.0001), mask=mask)
+    assert tune_gaussian([scan]) == 5.0
+    assert tune_gaussian([scan], np.array([3.0, 7.0])) in (3.0, 7.0)
+
+
+# ---- mistakes seen in published code -------------------------------------------------------------------------------
+
+
+def test_peak_is_of_the_reference_not_of_the_tested_image(reference, mask):
+    """One absurd voxel in the tested image costs PSNR; with a peak taken from that image it would gain."""
+    x = reference + np.float32(0.2)
+    hot = x.copy()
+    hot[20, 20, 6] = 1000.0
+    assert psnr(hot, reference, mask) < psnr(x, reference, mask) - 10
+    voxels = np.count_nonzero(mask)
+    error = np.sqrt((0.2**2 * (voxels - 1) + (1000 - float(reference[20, 20, 6])) ** 2) / voxels)
+    assert psnr(hot, reference, mask) == pytest.approx(20 * np.log10(peak(reference, mask) / error), abs=1e-2)
+
+
+def test_peak_is_no_maximum(reference, mask):
+    # The maximum of a noisy reference grows with its noise; the percentile ignores one outlier.
+    outlier = reference.copy()
+    outlier[20, 20, 6] = 1000.0
+    assert peak(outlier, mask) == pytest.approx(peak(reference, mask), rel=0.02)
+
+
+def test_data_range_is_of_the_reference_alone(reference, mask):
+    # A bright voxel far from the mask's voxels enlarges a range taken from both images, and with it SSIM.
+    x = ndimage.gaussian_filter(reference, 1.0)
+    far = x.copy()
+    far[0, 0, 0] = 1e4
+    assert ssim(far, reference, mask) == pytest.approx(ssim(x, reference, mask), abs=1e-9)
+
+
+def test_mask_is_never_from_the_target(reference):
+    """Without a mask the LPET gives one; changing SPET and truth beyond recognition does not move it."""
+    lpet = ndimage.gaussian_filter(reference, 1.0)
+    a = brain_mask(Scan(lpet, spet=reference, activity=reference))
+    b = brain_mask(Scan(lpet, spet=np.flip(reference**2), activity=np.ones(SHAPE)))
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, ActivityScale(lpet, (2.0, 2.0, 2.0)).mask)
+    given = np.zeros(SHAPE, bool)
+    given[5:9] = True
+    np.testing.assert_array_equal(brain_mask(Scan(lpet, mask=given)), given)
+
+
+def test_prediction_is_not_masked_by_the_truth(reference, mask):
+    # A false activity where the reference is zero, inside the mask, is an error like any other.
+    empty = reference.copy()
+    empty[18:22, 18:22] = 0
+    x = empty.copy()
+    x[18:22, 18:22] = 3.0
+    assert nrmse(x, empty, mask) == pytest.approx(np.sqrt(9 * 16 * 12) / np.linalg.norm(empty[mask]), rel=1e-5)
+
+
+def test_scale_does_not_grow_with_the_noise(reference, mask):
+    """The OSEM maximum grows with the noise; the scale does not."""
+    clean = ndimage.gaussian_filter(np.where(mask, 4.0, 0.0), 1.0).astype(np.float32)
+    noisy = np.random.default_rng(0).gamma(2.0, clean / 2 + 1e-6).astype(np.float32)  # mean kept, 70 % noise
+    assert noisy.max() > 4 * clean.max()
+    assert ActivityScale(noisy, (2.0, 2.0, 2.0)).value == pytest.approx(ActivityScale(clean, (2.0, 2.0, 2.0)).value, rel=0.03)
+
+
+def test_no_metric_rescales_its_input():
+    # Normalising the target by its own minimum and maximum hides bias: a global gain must show in every metric.
+    source = inspect.getsource(metrics) + inspect.getsource(evaluation)
+    for call in (".min()", ".max()", "ptp("):
+        assert call not in source

@@ -1,0 +1,229 @@
+"""The model as a whole: losses, sampling, restoration on real grids, saving and loading."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+import mfdiff_lite as mf
+from mfdiff_lite.config import load_profile
+from mfdiff_lite.model import RESIDUAL, MFdiff, load_model, measured_beyond_noise, paired_noise, pick_device, save_model
+from mfdiff_lite.scan import Scan
+
+SMOKE = load_profile("smoke")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Untrained, but with heads that do something."""
+    made = MFdiff.from_profile(SMOKE).eval()
+    torch.manual_seed(1)
+    for head in (made.fusion.head, made.denoiser.head):
+        torch.nn.init.normal_(head.weight, std=0.02)
+    return made
+
+
+def head(shape=(48, 56, 6), seed=0):
+    """A noisy ellipsoid and its MR."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    brain = (axes[0] / 0.7) ** 2 + (axes[1] / 0.7) ** 2 < 1
+    lpet = rng.gamma(4, 2, shape) * brain
+    return lpet.astype(np.float32), (100 * brain + rng.random(shape) * 20 * brain).astype(np.float32)
+
+
+def test_losses_are_the_written_equations(model):
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "lpet": torch.rand(2, 3, 32, 32, generator=g), "mr": torch.randn(2, 3, 32, 32, generator=g), "dose": torch.tensor([20.0, 50.0]),
+        "spet": torch.rand(2, 1, 32, 32, generator=g), "weight": torch.randint(1, 6, (2, 1, 32, 32), generator=g).float(),
+    }  # fmt: skip
+    t, noise = torch.tensor([100, 700]), torch.randn(2, 1, 32, 32, generator=g)
+    losses = model(batch, t, noise)
+    fused = model.fusion(batch["lpet"], batch["mr"], batch["dose"])
+    residual = (batch["spet"] - fused.coarse) / RESIDUAL
+    weight = batch["weight"] / batch["weight"].mean()
+    assert losses["coarse"].item() == pytest.approx((weight * residual**2).mean().item(), rel=1e-5)
+    a = model.schedule.alpha_bar(t, noise)
+    xt = a.sqrt() * residual + (1 - a).sqrt() * noise
+    v = model.denoiser(xt, t / 1000, batch["lpet"][:, 1:2], fused.feature, batch["dose"])
+    target = a.sqrt() * noise - (1 - a).sqrt() * residual
+    assert losses["diffusion"].item() == pytest.approx((weight * (v - target) ** 2).mean().item(), rel=1e-5)
+
+
+def test_the_diffusion_loss_does_not_train_the_coarse_head(model):
+    batch = {
+        "lpet": torch.rand(1, 3, 32, 32), "mr": torch.randn(1, 3, 32, 32), "dose": torch.tensor([20.0]),
+        "spet": torch.rand(1, 1, 32, 32), "weight": torch.ones(1, 1, 32, 32),
+    }  # fmt: skip
+    model.zero_grad()
+    model(batch, torch.tensor([300]), torch.randn(1, 1, 32, 32))["diffusion"].backward()
+    assert model.fusion.head.weight.grad is None
+    assert model.fusion.mr_encoder.enter.weight.grad.abs().sum() > 0  # but it does train the fusion feature
+    model.zero_grad()
+
+
+def test_paired_noise_is_antithetic_normal_and_seeded():
+    noise = paired_noise(5, (64, 64), [3, 7])
+    assert torch.equal(noise[0], -noise[1]) and torch.equal(noise[2], -noise[3])
+    assert noise[[0, 2, 4]].std().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(noise, paired_noise(5, (64, 64), [3, 7])) and not torch.equal(noise, paired_noise(5, (64, 64), [3, 8]))
+    assert torch.equal(paired_noise(8, (4, 4), [0])[:3], paired_noise(3, (4, 4), [0]))  # more samples keep the first ones
+
+
+def test_mean_and_std_are_those_of_the_samples(model):
+    scan = Scan(*head())
+    restored = model.restore(scan, 4, fidelity=0.0)
+    samples = np.stack(restored.samples)
+    inside = scan.lpet > 0
+    assert restored.std[inside] == pytest.approx(samples.std(0)[inside], rel=0.05, abs=0.05)
+    positive = inside & (samples.min(0) > 0)  # clipping at zero is done per image
+    assert restored.mean[positive] == pytest.approx(samples.mean(0)[positive], rel=1e-3, abs=1e-3)
+    assert restored.mean.min() >= 0
+
+
+def test_result_does_not_depend_on_the_activity_unit(model):
+    lpet, mr = head()
+    one, thousand = (model.restore(Scan(lpet * c, mr), 2).mean for c in (1, 1000))
+    assert thousand / 1000 == pytest.approx(one, rel=1e-3, abs=1e-3)
+
+
+def test_the_spet_is_never_looked_at(model):
+    lpet, mr = head()
+    plain = model.restore(Scan(lpet, mr), 2).mean
+    with_spet = model.restore(Scan(lpet, mr, spet=np.random.default_rng(1).random(lpet.shape) * 50 + 1), 2).mean
+    assert np.array_equal(plain, with_spet)
+
+
+def test_seed_repeats_and_slices_do_not_depend_on_their_neighbourhood(model):
+    scan = Scan(*head())
+    assert np.array_equal(model.restore(scan, 2, seed=5).mean, model.restore(scan, 2, seed=5).mean)
+    assert not np.array_equal(model.restore(scan, 2, seed=5).samples[0], model.restore(scan, 2, seed=6).samples[0])
+
+
+@pytest.mark.parametrize("codes", ["LAS", "PSR", "IPL"])
+def test_orientation_of_the_file_does_not_change_the_answer(model, codes):
+    import nibabel as nib
+
+    lpet, mr = head()
+    reference = model.restore(Scan(lpet, mr), 2).mean
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes))
+    affine = np.diag([2.0, 2, 2, 1]) @ nib.orientations.inv_ornt_aff(turn, lpet.shape)
+    turned = Scan(*(nib.apply_orientation(v, turn) for v in (lpet, mr)), affine=affine)
+    back = nib.apply_orientation(model.restore(turned, 2).mean, nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt("RAS")))
+    assert back == pytest.approx(reference, abs=1e-4)
+
+
+def test_slices_numpy_torch_and_volumes_come_back_as_they_came(model):
+    lpet, mr = head()
+    flat = model.restore(Scan(lpet[..., 2], mr[..., 2]), 2)
+    assert isinstance(flat.mean, np.ndarray) and flat.mean.shape == lpet.shape[:2] == flat.std.shape == flat.gate.shape
+    tensor = model.restore(Scan(torch.from_numpy(lpet), torch.from_numpy(mr)), 2)
+    assert isinstance(tensor.mean, torch.Tensor) and tuple(tensor.mean.shape) == lpet.shape
+    assert np.array_equal(tensor.mean.numpy(), model.restore(Scan(lpet, mr), 2).mean)
+
+
+def test_without_mr_equals_an_mr_without_signal_and_differs_from_one_with(model):
+    lpet, mr = head()
+    none = model.restore(Scan(lpet, None), 2).mean
+    assert np.array_equal(none, model.restore(Scan(lpet, np.full_like(mr, 7.0)), 2).mean)
+    assert not np.array_equal(none, model.restore(Scan(lpet, mr), 2).mean)
+
+
+def test_fidelity_puts_back_the_smoothed_residual(model):
+    scan = Scan(*head((64, 64, 6)))  # a box of the whole grid
+    plain, pulled = (model.restore(scan, 2, fidelity=f).mean for f in (0.0, 1.0))
+    expected = np.clip(plain + measured_beyond_noise(scan.lpet - plain), 0, None)
+    inside = ndimage.binary_erosion(scan.lpet > 0, np.ones((3, 3, 1)), iterations=5) & (plain > 0.5)
+    assert inside.sum() > 500
+    assert pulled[inside] == pytest.approx(expected[inside], rel=0.03, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"n_samples": 0}, "n_samples"), ({"fidelity": 2.0}, "fidelity"), ({"steps": 0}, "steps"), ({"method": "x"}, "method")],
+)
+def test_impossible_settings_are_refused(model, settings, word):
+    with pytest.raises(ValueError, match=word):
+        model.restore(Scan(*head()), **settings)
+
+
+def test_save_and_load_keep_every_weight_and_the_card(model, tmp_path):
+    path = save_model(model, tmp_path / "w.safetensors", {"seed": 3, "revision": "abc"})
+    again = load_model(path, "cpu")
+    assert again.card["seed"] == 3 and again.card["parameters"] == model.n_parameters
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert json.loads(path.with_suffix(".json").read_text())["revision"] == "abc"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "pickle", "other tensors"])
+def test_damaged_or_foreign_weights_are_refused(model, tmp_path, damage):
+    path = save_model(model, tmp_path / "w.safetensors", {})
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "text":
+        path.write_text("not weights")
+    elif damage == "pickle":
+        torch.save(model.state_dict(), path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="expected weights saved by this package"):
+        load_model(path)
+
+
+def test_missing_weights_and_devices_say_what_to_do(tmp_path):
+    with pytest.raises(OSError, match="found nothing"):
+        load_model(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="--device auto"):
+        pick_device("cuda:99")
+
+
+# --- the weights that ship --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return mf.load_pretrained("cpu")
+
+
+def test_the_shipped_weights_carry_their_card_and_are_small(shipped):
+    from importlib.resources import files
+
+    path = files("mfdiff_lite") / "weights" / "stage1.safetensors"
+    assert path.stat().st_size <= 16e6
+    for key in ("profile", "seed", "revision", "training_minutes", "trained_on", "validated_on", "validation_psnr_db", "licence"):
+        assert shipped.card.get(key) not in (None, "", []), key
+    assert "unknown" not in shipped.card["revision"]
+    assert 2e6 <= shipped.n_parameters <= 4e6
+
+
+@pytest.fixture(scope="module")
+def test_case(shipped):
+    """Twelve slices of a head of the test anatomy, never trained on."""
+    patient = mf.virtual_patient(mf.load_anatomy("ahba-15697"), seed=123, slices=12)
+    scan = mf.Scanner().scan(patient, dose_reduction=20)
+    return scan, shipped.restore(scan, 4)
+
+
+def test_the_shipped_weights_restore_an_unseen_head(test_case):
+    scan, restored = test_case
+    rows = mf.compare(scan, restored).rows
+    assert rows["mean of 4 samples"]["psnr"] > rows["LPET"]["psnr"] + 5
+    assert rows["mean of 4 samples"]["psnr"] > rows["Gaussian"]["psnr"] + 1
+    assert rows["mean of 4 samples"]["psnr"] > rows["one sample"]["psnr"]
+    total = restored.mean[scan.mask].sum() / scan.lpet[scan.mask].sum()
+    assert total == pytest.approx(1, abs=0.03)
+
+
+def test_the_shipped_weights_degrade_safely_with_a_wrong_mr(shipped, test_case):
+    scan, restored = test_case
+    wrong = Scan(scan.lpet, scan.mr[::-1, ::-1].copy(), scan.spet, mask=scan.mask, affine=scan.affine)
+    none = Scan(scan.lpet, None, scan.spet, mask=scan.mask, affine=scan.affine)
+    psnr = {name: mf.compare(s, {"x": shipped.restore(s, 4).mean}).rows["x"]["psnr"] for name, s in (("wrong", wrong), ("none", none))}
+    gaussian = mf.compare(scan, restored).rows["Gaussian"]["psnr"]
+    assert psnr["none"] > gaussian and psnr["wrong"] > gaussian

@@ -1,0 +1,115 @@
+"""Stage 1: exact resume, Ctrl-C, checkpoints that are refused, and that it learns."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from mfdiff_lite.config import load_profile
+from mfdiff_lite.model import load_model
+from mfdiff_lite.training import CHECKPOINT, WEIGHTS, _update_average, learning_rate, train_stage1
+
+TINY = load_profile(
+    "smoke", patients=1, slab=3, steps=6, batch=2, crop=64, validate_every=6, checkpoint_every=2, fusion_widths="8,8,8", denoiser_widths="8,8,8"
+)
+
+
+def weights(folder):
+    return load_model(folder / WEIGHTS, "cpu").state_dict()
+
+
+def run(out, profile=TINY, **kwargs):
+    return list(train_stage1(profile, out, device="cpu", workers=1, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uncut")
+    return out, run(out)
+
+
+def test_a_resumed_run_ends_at_the_same_weights_as_an_uncut_one(uncut, tmp_path):
+    steps = train_stage1(TINY, tmp_path, device="cpu", workers=1)
+    for _ in range(3):  # one step past the checkpoint of step 2: that step is lost and must be repeated alike
+        next(steps)
+    steps.close()
+    states = run(tmp_path, resume=True)
+    assert [s.step for s in states] == [3, 4, 5, 6]
+    assert all(torch.equal(a, b) for a, b in zip(weights(uncut[0]).values(), weights(tmp_path).values(), strict=True))
+    assert states[-1].validation["mean"] == uncut[1][-1].validation["mean"]
+
+
+def test_the_same_seed_repeats_and_another_does_not(uncut, tmp_path):
+    run(tmp_path / "same")
+    run(tmp_path / "other", dataclasses.replace(TINY, seed=1))
+    same, other = weights(tmp_path / "same"), weights(tmp_path / "other")
+    assert all(torch.equal(a, same[k]) for k, a in weights(uncut[0]).items())
+    assert any(not torch.equal(a, other[k]) for k, a in weights(uncut[0]).items())
+
+
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(uncut, tmp_path):
+    states = []
+    with pytest.raises(KeyboardInterrupt):
+        for state in train_stage1(TINY, tmp_path, device="cpu", workers=1):
+            states.append(state.step)
+            if state.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert states == [1, 2, 3] and (tmp_path / CHECKPOINT).exists()
+    assert [s.step for s in run(tmp_path, resume=True)] == [5, 6]  # step 4 was finished and saved before the interrupt
+    assert all(torch.equal(a, b) for a, b in zip(weights(uncut[0]).values(), weights(tmp_path).values(), strict=True))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_half_written_is_left(uncut):
+    assert sorted(p.name for p in uncut[0].iterdir()) == [CHECKPOINT, "stage1.json", WEIGHTS]
+
+
+def test_the_card_says_what_made_the_weights(uncut):
+    card = load_model(uncut[0] / WEIGHTS, "cpu").card
+    assert card["steps"] == 6 and card["seed"] == 0 and card["profile"]["batch"] == 2
+    assert card["validation_psnr_db"][-1]["step"] == 6 and card["trained_on"]["slices"] == 3
+    assert not set(card["trained_on"]["anatomies"]) & set(card["validated_on"]["anatomies"])
+
+
+def test_a_run_is_not_overwritten_and_other_settings_are_not_resumed(uncut):
+    with pytest.raises(FileExistsError, match="--resume"):
+        run(uncut[0])
+    with pytest.raises(ValueError, match="batch=2"):
+        run(uncut[0], dataclasses.replace(TINY, batch=3), resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    (tmp_path / CHECKPOINT).write_bytes(b"\x08\0\0\0\0\0\0\0{broken")
+    with pytest.raises(ValueError, match="delete it to start again"):
+        run(tmp_path, resume=True)
+
+
+def test_a_loss_that_explodes_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        run(None, dataclasses.replace(TINY, learning_rate=float("inf"), warmup=1))
+
+
+def test_the_average_is_an_exponential_one():
+    one, two = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    expected = 0.9 * one.weight.detach() + 0.1 * two.weight.detach()
+    _update_average(one, two, 0.9)
+    assert torch.allclose(one.weight, expected)
+
+
+def test_learning_rate_warms_up_and_falls_to_two_per_cent():
+    p = load_profile("cpu", steps=1000, warmup=100, learning_rate=1.0)
+    assert learning_rate(p, 0) == pytest.approx(0.01) and learning_rate(p, 99) == pytest.approx(1)
+    assert learning_rate(p, 550) == pytest.approx(0.51) and learning_rate(p, 1000) == pytest.approx(0.02)
+    assert np.all(np.diff([learning_rate(p, s) for s in range(100, 1000)]) < 0)
+
+
+def test_it_learns(tmp_path):
+    """Forty steps on two patients must beat the Gaussian that the coarse estimate starts as, on the validation anatomy's slices."""
+    profile = load_profile("smoke", steps=60, validate_every=60, learning_rate=3e-3, crop=96)
+    first = next(train_stage1(dataclasses.replace(profile, validate_every=1), None, device="cpu", workers=1))
+    last = run(None, profile)[-1]
+    assert last.loss["coarse"] < first.loss["coarse"]
+    assert last.validation["coarse"] > first.validation["coarse"] + 0.2 > first.validation["lpet"] + 2
