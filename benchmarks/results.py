@@ -1,7 +1,8 @@
-"""Measure every number and figure of the README again: `make results` (about 15 minutes on 2 cores; `--quick` for a look).
+"""Measure every number and figure of the README again: `make results` (about 15 minutes on 2 cores; `--quick` for a
+look).
 
-Writes results/*.json, results/*.png and the rows of group "restore" in results/targets.json. Anything tuned is tuned on the validation
-anatomy; the test anatomy is touched once, with those values.
+Writes results/*.json, results/*.png and the rows of group "restore" in results/targets.json. Anything tuned is tuned on
+the validation anatomy; the test anatomy is touched once, with those values.
 """
 
 from __future__ import annotations
@@ -35,14 +36,18 @@ matplotlib.use("Agg")
 RESULTS = Path(__file__).parents[1] / "results"
 DOSE = 20
 SHIFTS = {"default scanner": None, "edge scanner": "edge-scanner"}
-LESIONS = Randomisation(lesion_radius=(3.0, 7.0), lesions_per_100ml=(0.8, 1.2))  # what the issue of PET-only lesions is judged on
+LESIONS = Randomisation(
+    lesion_radius=(3.0, 7.0), lesions_per_100ml=(0.8, 1.2)
+)  # what the issue of PET-only lesions is judged on
 
 
 def scans(anatomies: tuple[str, ...], count: int, slices: int, shift: str | None, first: int) -> list[Scan]:
     """Scans of new virtual patients, with a second SPET of each as `scan.second` for the ceiling."""
     scanner, made = Scanner.shifted(shift), []
     for index in tqdm(range(count), desc=f"{shift or 'default'} scans", unit="patient"):
-        patient = virtual_patient(load_anatomy(anatomies[index % len(anatomies)]), first + index, slices=slices, randomisation=LESIONS)
+        patient = virtual_patient(
+            load_anatomy(anatomies[index % len(anatomies)]), first + index, slices=slices, randomisation=LESIONS
+        )
         scan = scanner.scan(patient, DOSE)
         scan.second = scanner.reconstruct(scanner.acquire(patient.activity, patient.attenuation, patient.seed + 77_777))
         made.append(scan)
@@ -88,7 +93,9 @@ def measure(model, cases: list[Scan], fwhm: float, samples: int) -> dict:
     return evaluate(methods, tqdm(cases, desc="restoring", unit="patient"))
 
 
-def paired(table: dict, better: str, worse: str, metric: str, against: str = "spet") -> tuple[float, tuple[float, float]]:
+def paired(
+    table: dict, better: str, worse: str, metric: str, against: str = "spet"
+) -> tuple[float, tuple[float, float]]:
     """Mean difference over patients with its 95 % interval."""
     return metrics.mean_ci([p[against][better][metric] - p[against][worse][metric] for p in table["patients"]])
 
@@ -99,7 +106,14 @@ def sampler_agreement(model, cases: list[Scan], slices: int) -> tuple[float, tup
     for scan in tqdm(cases, desc="50-step DDIM", unit="patient"):
         middle = scan.lpet.shape[2] // 2
         cut = slice(middle - slices // 2, middle - slices // 2 + slices)
-        part = Scan(scan.lpet[..., cut], scan.mr[..., cut], scan.spet[..., cut], mask=scan.mask[..., cut], affine=scan.affine, dose_reduction=DOSE)
+        part = Scan(
+            scan.lpet[..., cut],
+            scan.mr[..., cut],
+            scan.spet[..., cut],
+            mask=scan.mask[..., cut],
+            affine=scan.affine,
+            dose_reduction=DOSE,
+        )
         fast = model.restore(part, 8).mean
         slow = model.restore(part, 8, steps=50, start=1.0, method="ddim").mean
         differences.append(metrics.psnr(fast, part.spet, part.mask) - metrics.psnr(slow, part.spet, part.mask))
@@ -124,8 +138,10 @@ def volume_cost(slices: int) -> dict[str, float]:
         "import mfdiff_lite as mf\n"
         "n = int(sys.argv[1]); rng = np.random.default_rng(0)\n"
         "x = np.indices((128, 128)) - 63.5; head = ((x[0] / 38) ** 2 + (x[1] / 46) ** 2 < 1)[..., None]\n"
-        "lpet = (rng.gamma(2, 5, (128, 128, n)) * head).astype('float32'); mr = (rng.random((128, 128, n)) * head).astype('float32')\n"
-        "model = mf.load_pretrained('cpu'); began = time.perf_counter(); model.restore(mf.Scan(lpet, mr), n_samples=1)\n"
+        "lpet = (rng.gamma(2, 5, (128, 128, n)) * head).astype('float32')\n"
+        "mr = (rng.random((128, 128, n)) * head).astype('float32')\n"
+        "model = mf.load_pretrained('cpu'); began = time.perf_counter()\n"
+        "model.restore(mf.Scan(lpet, mr), n_samples=1)\n"
         "print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(slices)], capture_output=True, text=True, check=True)
@@ -138,12 +154,16 @@ def adjoint_error() -> float:
     scanner, rng = Scanner(), np.random.default_rng(0)
     x = rng.random((128, 128, 2), dtype=np.float32)
     y = rng.random((scanner.angles, 128, 2), dtype=np.float32)
-    left, right = np.vdot(scanner.forward(x).astype(float), y.astype(float)), np.vdot(x.astype(float), scanner.adjoint(y).astype(float))
+    left, right = (
+        np.vdot(scanner.forward(x).astype(float), y.astype(float)),
+        np.vdot(x.astype(float), scanner.adjoint(y).astype(float)),
+    )
     return abs(left - right) / abs(left)
 
 
 def gaussian_sampler_error() -> float:
-    """DPM-Solver++ in 100 steps on x0 ~ N(0, 0.5^2), whose optimal denoiser is known: relative error of the SD it generates."""
+    """DPM-Solver++ in 100 steps on x0 ~ N(0, 0.5^2), whose optimal denoiser is known: relative error of the SD it
+    generates."""
     schedule, sd = NoiseSchedule(), 0.5
 
     def optimal(xt, t):
@@ -159,7 +179,13 @@ def ddim_parity() -> float:
     """Largest difference to the DDIM trajectory of `diffusers`, 50 steps, with a deterministic dummy model."""
     from diffusers import DDIMScheduler
 
-    theirs = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
+    theirs = DDIMScheduler(
+        1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
     theirs.set_timesteps(50)
     start = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     dummy = lambda x, t: 0.3 * torch.tanh(x) + 0.1 * x  # noqa: E731
@@ -175,16 +201,41 @@ class Targets:
     def __init__(self, group: str, command: str):
         self.group, self.command, self.rows, self.revision = group, command, [], code_revision()
 
-    def add(self, name: str, relation: str, value: float, unit: str, sense: str, must: float, aim: float | None = None, ci95=None) -> None:
+    def add(
+        self,
+        name: str,
+        relation: str,
+        value: float,
+        unit: str,
+        sense: str,
+        must: float,
+        aim: float | None = None,
+        ci95=None,
+    ) -> None:
         met = bool(value >= must if sense == ">=" else value <= must)
         self.rows.append(
-            {"id": f"{self.group}.{name}", "relation": relation, "value": round(float(value), 9), "ci95": ci95 and [round(float(c), 6) for c in ci95],
-             "unit": unit, "sense": sense, "must": must, "aim": aim, "met": met, "command": self.command, "revision": self.revision}
-        )  # fmt: skip
+            {
+                "id": f"{self.group}.{name}",
+                "relation": relation,
+                "value": round(float(value), 9),
+                "ci95": ci95 and [round(float(c), 6) for c in ci95],
+                "unit": unit,
+                "sense": sense,
+                "must": must,
+                "aim": aim,
+                "met": met,
+                "command": self.command,
+                "revision": self.revision,
+            }
+        )
 
     def write(self) -> None:
         path = RESULTS / "targets.json"
-        others = [row for row in json.loads(path.read_text()) if not row["id"].startswith(f"{self.group}.")] if path.exists() else []
+        others = (
+            [row for row in json.loads(path.read_text()) if not row["id"].startswith(f"{self.group}.")]
+            if path.exists()
+            else []
+        )
         write_json("targets.json", others + self.rows)
 
 
@@ -209,8 +260,14 @@ def fidelity_picture(chosen: dict) -> None:
     axes.plot([p["contrast_kept"] for p in points], [p["psnr"] for p in points], "o-", label="mean of 4, by fidelity")
     for p in points:
         axes.annotate(f"{p['fidelity']:g}", (p["contrast_kept"], p["psnr"]), textcoords="offset points", xytext=(6, 4))
-    axes.plot(chosen["gaussian"]["contrast_kept"], chosen["gaussian"]["psnr"], "s", color="black", label="best 3-D Gaussian")
-    axes.set(xlabel="contrast of PET-only lesions kept (SPET = 1)", ylabel="PSNR against SPET [dB]", title=f"Fidelity, validation anatomy, DRF {DOSE}")
+    axes.plot(
+        chosen["gaussian"]["contrast_kept"], chosen["gaussian"]["psnr"], "s", color="black", label="best 3-D Gaussian"
+    )
+    axes.set(
+        xlabel="contrast of PET-only lesions kept (SPET = 1)",
+        ylabel="PSNR against SPET [dB]",
+        title=f"Fidelity, validation anatomy, DRF {DOSE}",
+    )
     axes.legend()
     figure.savefig(RESULTS / "fidelity.png", dpi=100, bbox_inches="tight")
 
@@ -219,7 +276,11 @@ def as_table(title: str, summary: dict) -> Table:
     return Table(title, {method: {key: value["mean"] for key, value in row.items()} for method, row in summary.items()})
 
 
-def main(quick: Annotated[bool, typer.Option("--quick", help="2 patients, few slices, nothing written: a look at the tables")] = False) -> None:
+def main(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="2 patients, few slices, nothing written: a look at the tables")
+    ] = False,
+) -> None:
     """Measure the shipped weights on the test anatomy."""
     model, samples = load_pretrained("cpu"), 8
     targets = Targets("restore", "make results")
@@ -235,44 +296,147 @@ def main(quick: Annotated[bool, typer.Option("--quick", help="2 patients, few sl
         gain, ci = paired(tables[name], mean, "LPET", "psnr")
         over, over_ci = paired(tables[name], mean, "Gaussian", "psnr")
         if shift is None:
-            targets.add("gain_over_lpet", f"PSNR of the K=8 mean over the LPET, {name}, test anatomy", gain, "dB", ">=", 5.0, 7.0, ci)
-            targets.add("gain_over_gaussian", "over the best 3-D Gaussian (tuned on validation)", over, "dB", ">=", 1.5, None, over_ci)
+            targets.add(
+                "gain_over_lpet",
+                f"PSNR of the K=8 mean over the LPET, {name}, test anatomy",
+                gain,
+                "dB",
+                ">=",
+                5.0,
+                7.0,
+                ci,
+            )
+            targets.add(
+                "gain_over_gaussian",
+                "over the best 3-D Gaussian (tuned on validation)",
+                over,
+                "dB",
+                ">=",
+                1.5,
+                None,
+                over_ci,
+            )
             agreement, agreement_ci = sampler_agreement(model, cases[: 2 if quick else 4], 4 if quick else 12)
             if not quick:
                 picture(model, cases[0])
         else:
-            targets.add("gain_over_lpet_edge", f"PSNR of the K=8 mean over the LPET, {name}", gain, "dB", ">=", 5.0, 7.0, ci)
-            targets.add("gain_over_gaussian_edge", "over the best 3-D Gaussian on the second scanner", over, "dB", ">=", 1.0, None, over_ci)
+            targets.add(
+                "gain_over_lpet_edge", f"PSNR of the K=8 mean over the LPET, {name}", gain, "dB", ">=", 5.0, 7.0, ci
+            )
+            targets.add(
+                "gain_over_gaussian_edge",
+                "over the best 3-D Gaussian on the second scanner",
+                over,
+                "dB",
+                ">=",
+                1.0,
+                None,
+                over_ci,
+            )
         bias = [p["spet"][mean]["activity_bias"] - p["spet"]["LPET"]["activity_bias"] for p in tables[name]["patients"]]
         value, ci = metrics.mean_ci(np.abs(bias))
-        targets.add(f"activity_{short}", f"|total brain activity relative to the LPET's - 1|, {name}", 100 * value, "%", "<=", 2.0, None, np.multiply(ci, 100))
+        targets.add(
+            f"activity_{short}",
+            f"|total brain activity relative to the LPET's - 1|, {name}",
+            100 * value,
+            "%",
+            "<=",
+            2.0,
+            None,
+            np.multiply(ci, 100),
+        )
         kept, kept_ci = paired(tables[name], mean, "Gaussian", "contrast_kept")
-        targets.add(f"contrast_vs_gaussian_{short}", f"PET-only contrast kept minus the best Gaussian's, {name}", kept, "", ">=", 0.0, None, kept_ci)
+        targets.add(
+            f"contrast_vs_gaussian_{short}",
+            f"PET-only contrast kept minus the best Gaussian's, {name}",
+            kept,
+            "",
+            ">=",
+            0.0,
+            None,
+            kept_ci,
+        )
         own = tables[name]["summary"]["spet"][mean]["contrast_kept"]
-        targets.add(f"contrast_kept_{short}", f"PET-only contrast kept (SPET = 1), {name}", own["mean"], "", ">=", 0.7, 0.9, own["ci95"])
+        targets.add(
+            f"contrast_kept_{short}",
+            f"PET-only contrast kept (SPET = 1), {name}",
+            own["mean"],
+            "",
+            ">=",
+            0.7,
+            0.9,
+            own["ci95"],
+        )
         leak, leak_ci = paired(tables[name], mean, "LPET", "mr_leak", "truth")
-        targets.add(f"mr_leak_{short}", f"false contrast at MR-only lesions minus the LPET's own, {name}", leak, "", "<=", 0.0, None, leak_ci)
-    targets.add("sampler_steps", f"PSNR lost by {STEPS} warm-started steps against 50 DDIM steps from noise", -agreement, "dB", "<=", 0.1, None,
-                sorted(-c for c in agreement_ci))  # fmt: skip
+        targets.add(
+            f"mr_leak_{short}",
+            f"false contrast at MR-only lesions minus the LPET's own, {name}",
+            leak,
+            "",
+            "<=",
+            0.0,
+            None,
+            leak_ci,
+        )
+    targets.add(
+        "sampler_steps",
+        f"PSNR lost by {STEPS} warm-started steps against 50 DDIM steps from noise",
+        -agreement,
+        "dB",
+        "<=",
+        0.1,
+        None,
+        sorted(-c for c in agreement_ci),
+    )
     targets.add("slice_seconds", "one 128 x 128 slice, one sample", seconds_per_slice(model), "s", "<=", 0.25)
     costs = [volume_cost(n) for n in (32, 64)]
     targets.add("volume_seconds", "64-slice volume, one sample", costs[1]["seconds"], "s", "<=", 15.0)
     targets.add("peak_memory", "peak memory of a 64-slice volume", costs[1]["peak_gb"], "GB", "<=", 1.5)
-    targets.add("memory_growth", "peak memory of 64 slices minus that of 32", costs[1]["peak_gb"] - costs[0]["peak_gb"], "GB", "<=", 0.1)
+    targets.add(
+        "memory_growth",
+        "peak memory of 64 slices minus that of 32",
+        costs[1]["peak_gb"] - costs[0]["peak_gb"],
+        "GB",
+        "<=",
+        0.1,
+    )
     targets.add("adjoint", "relative adjoint error of the projector", adjoint_error(), "", "<=", 1e-6)
-    targets.add("gaussian_sampler", "DPM-Solver++ on a closed-form Gaussian, 100 steps, relative SD error", gaussian_sampler_error(), "", "<=", 1e-3)
+    targets.add(
+        "gaussian_sampler",
+        "DPM-Solver++ on a closed-form Gaussian, 100 steps, relative SD error",
+        gaussian_sampler_error(),
+        "",
+        "<=",
+        1e-3,
+    )
     targets.add("ddim_parity", "largest difference to the diffusers DDIM trajectory", ddim_parity(), "", "<=", 1e-5)
     print()
     for row in targets.rows:
-        print(f"{'met   ' if row['met'] else 'MISSED'}  {row['id']:36} {row['value']:.4g} {row['unit']} ({row['sense']} {row['must']:g})")
+        print(
+            f"{'met   ' if row['met'] else 'MISSED'}  {row['id']:36} "
+            f"{row['value']:.4g} {row['unit']} ({row['sense']} {row['must']:g})"
+        )
     if quick:
         return
     targets.write()
     fidelity_picture(chosen)
-    setting = {"dose_reduction": DOSE, "samples": samples, "steps": STEPS, "start": START, "fidelity": FIDELITY, "revision": targets.revision}
-    write_json("restore.json", {"setting": setting, "tables": tables, "cost": costs, "torch_threads": torch.get_num_threads()})
+    setting = {
+        "dose_reduction": DOSE,
+        "samples": samples,
+        "steps": STEPS,
+        "start": START,
+        "fidelity": FIDELITY,
+        "revision": targets.revision,
+    }
+    write_json(
+        "restore.json", {"setting": setting, "tables": tables, "cost": costs, "torch_threads": torch.get_num_threads()}
+    )
     write_json("validation.json", chosen)
-    text = [str(as_table(f"{name}, against {'SPET' if a == 'spet' else 'truth'}", tables[name]["summary"][a])) for name in SHIFTS for a in ("spet", "truth")]
+    text = [
+        str(as_table(f"{name}, against {'SPET' if a == 'spet' else 'truth'}", tables[name]["summary"][a]))
+        for name in SHIFTS
+        for a in ("spet", "truth")
+    ]
     (RESULTS / "tables.txt").write_text("\n\n".join(text) + "\n")
 
 

@@ -1,4 +1,5 @@
-"""The conditional denoiser: a small U-Net that sees the noisy residual, the LPET, the fusion feature, the time and the dose.
+"""The conditional denoiser: a small U-Net that sees the noisy residual, the LPET, the fusion feature, the time and the
+dose.
 
 No raw MR enters here: whatever MR contributes has passed the gate of the fusion module.
 """
@@ -14,7 +15,8 @@ from .layers import Embedding, ResidualBlock, dose_scalar
 
 
 class ConditionalUNet(nn.Module):
-    """D(x_t, t, LPET, F, dose) -> v. x_t, lpet: (B, 1, H, W); time: (B,) in [0, 1]; feature: (B, C, H/2, W/2); dose_reduction: (B,)."""
+    """D(x_t, t, LPET, F, dose) -> v. x_t, lpet: (B, 1, H, W); time: (B,) in [0, 1]; feature: (B, C, H/2, W/2);
+    dose_reduction: (B,)."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128), feature: int = 32):
         super().__init__()

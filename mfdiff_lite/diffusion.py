@@ -1,7 +1,8 @@
 """Denoising diffusion, and nothing of PET: schedule, forward process, targets, samplers.
 
-Contract for the functions below. x0, x_t, noise, v: (B, ...) tensors of one shape. t: (B,) integer times, 0 .. T - 1, and -1 for "clean".
-alpha_bar(t) is the share of signal *variance* left at t, alpha_bar(-1) = 1. A denoiser is any callable (x_t, t) -> v.
+Contract for the functions below. x0, x_t, noise, v: (B, ...) tensors of one shape. t: (B,) integer times, 0 .. T - 1,
+and -1 for "clean". alpha_bar(t) is the share of signal *variance* left at t, alpha_bar(-1) = 1. A denoiser is any
+callable (x_t, t) -> v.
 
     forward    x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise          (Ho et al. 2020, eq. 4)
     target     v   = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0          (Salimans & Ho 2022, app. D)
@@ -20,7 +21,8 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 class NoiseSchedule:
-    """Cosine schedule: alpha_bar(t) falls from 1 to 0 as cos^2 (Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999)."""
+    """Cosine schedule: alpha_bar(t) falls from 1 to 0 as cos^2 (Nichol & Dhariwal 2021, eq. 17, betas capped at
+    0.999)."""
 
     def __init__(self, length: int = 1000):
         grid = torch.arange(length + 1, dtype=torch.float64) / length
@@ -34,9 +36,13 @@ class NoiseSchedule:
         return self._alpha_bar.to(like.device)[t].reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
     def times(self, steps: int, start: float = 1.0) -> list[int]:
-        """`steps` + 1 falling times from `start` (a share of T) to -1, evenly spaced and ending in "clean" ("trailing" spacing)."""
+        """`steps` + 1 falling times from `start` (a share of T) to -1, evenly spaced and ending in "clean" ("trailing"
+        spacing)."""
         if not (0 < start <= 1 and 1 <= steps <= start * self.length):
-            raise ValueError(f"sampler: expected 1 to {int(start * self.length)} steps from a start in (0, 1], found {steps} from {start}")
+            raise ValueError(
+                f"sampler: expected 1 to {int(start * self.length)} steps from a start in (0, 1], "
+                f"found {steps} from {start}"
+            )
         return [round(float(t)) - 1 for t in torch.linspace(start * self.length, 0, steps + 1, dtype=torch.float64)]
 
 
@@ -101,7 +107,8 @@ def sample(
             ratio_sigma = ((1 - b) / (1 - a)).sqrt()
             xt = ratio_sigma * xt + (b.sqrt() - ratio_sigma * a.sqrt()) * direction
         else:
-            # 2. Re-noise the signal to the next time: with the same noise (DDIM), or part of it fresh (DDPM); none at the end.
+            # 2. Re-noise the signal to the next time: with the same noise (DDIM), or part of it fresh (DDPM); none at
+            # the end.
             sigma = ((1 - b) / (1 - a) * (1 - a / b)).sqrt() if method == "ddpm" else torch.zeros_like(a)
             xt = b.sqrt() * guess + (1 - b - sigma**2).clamp(min=0).sqrt() * eps
             if method == "ddpm":

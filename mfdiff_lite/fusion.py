@@ -8,7 +8,8 @@
     F        = decoder(f_1/2, f_1/4, f_1/8)                      the fusion feature
     coarse   = smooth(LPET) + head(F)                            auxiliary head: what makes F "optimized"
 
-That a fusion feature is learned and conditions the diffusion is the paper's (abstract); this layout is our interpretation.
+That a fusion feature is learned and conditions the diffusion is the paper's (abstract); this layout is our
+interpretation.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Fused(NamedTuple):
 
 
 class MultiModalityFusion(nn.Module):
-    """LPET and MR slices (B, context, H, W), dose reduction (B,) -> `Fused`. H and W are multiples of 32; the middle slice is restored."""
+    """LPET and MR slices (B, context, H, W), dose reduction (B,) -> `Fused`. H and W are multiples of 32; the middle
+    slice is restored."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128), context: int = 3):
         super().__init__()
@@ -56,14 +58,17 @@ class MultiModalityFusion(nn.Module):
         condition = self.embed(dose_scalar(dose_reduction))
         pet_features = self.pet_encoder(halve(lpet), condition)
         mr_features = self.mr_encoder(halve(mr), condition)
-        fused, gates, similarities = zip(*(f(p, m) for f, p, m in zip(self.fuse, pet_features, mr_features, strict=True)), strict=True)
+        fused, gates, similarities = zip(
+            *(f(p, m) for f, p, m in zip(self.fuse, pet_features, mr_features, strict=True)), strict=True
+        )
         feature = self.decoder(fused, condition)
         coarse = smooth(lpet) + double(self.head(F.silu(feature)))
         return Fused(feature, coarse, gates[0].mean(1, keepdim=True), similarities[0].mean(1, keepdim=True))
 
 
 class GatedFusion(nn.Module):
-    """One scale: similarity, PET-query cross-attention, gate. p, m: (B, C, H, W) -> fused (B, C, H, W), gate, similarity (B, HEADS, H, W)."""
+    """One scale: similarity, PET-query cross-attention, gate. p, m: (B, C, H, W) -> fused (B, C, H, W), gate,
+    similarity (B, HEADS, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -98,7 +103,9 @@ class Encoder(nn.Module):
     def __init__(self, channels: int, widths: tuple[int, ...], condition: int):
         super().__init__()
         self.enter = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.down = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
         self.blocks = nn.ModuleList(ResidualBlock(w, w, condition) for w in widths)
 
     def forward(self, x: Tensor, condition: Tensor) -> list[Tensor]:
@@ -135,7 +142,8 @@ def double(features: Tensor) -> Tensor:
 
 
 def smooth(slices: Tensor) -> Tensor:
-    """The middle slice after a fixed 3-D Gaussian over the slices at hand (SD 1.5 pixels, 0.8 slices): (B, context, H, W) -> (B, 1, H, W)."""
+    """The middle slice after a fixed 3-D Gaussian over the slices at hand (SD 1.5 pixels, 0.8 slices): (B, context, H,
+    W) -> (B, 1, H, W)."""
     axial = torch.arange(slices.shape[1], device=slices.device) - slices.shape[1] // 2
     weights = torch.softmax(-0.5 * (axial / 0.8) ** 2, 0).to(slices.dtype)
     middle = torch.einsum("bnhw,n->bhw", slices, weights)[:, None]
@@ -145,7 +153,8 @@ def smooth(slices: Tensor) -> Tensor:
 
 
 def local_correlation(pn: Tensor, mn: Tensor, radius: int = 2) -> Tensor:
-    """Cosine similarity of two normalised feature maps in a small neighbourhood: (B, C, H, W) x 2 -> (B, HEADS, H, W) in [-1, 1]."""
+    """Cosine similarity of two normalised feature maps in a small neighbourhood: (B, C, H, W) x 2 -> (B, HEADS, H, W)
+    in [-1, 1]."""
 
     def pooled(product: Tensor) -> Tensor:
         heads = rearrange(product, "b (n c) h w -> b n c h w", n=HEADS).sum(2)

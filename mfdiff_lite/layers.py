@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with group normalisation, modulated by a condition (FiLM, Perez et al. 2018): (B, C, H, W) -> (B, D, H, W)."""
+    """Two 3 x 3 convolutions with group normalisation, modulated by a condition (FiLM, Perez et al. 2018): (B, C, H, W)
+    -> (B, D, H, W)."""
 
     def __init__(self, channels: int, out_channels: int, condition: int):
         super().__init__()
@@ -35,7 +36,9 @@ class Embedding(nn.Module):
     def __init__(self, scalars: int, size: int, frequencies: int = 16):
         super().__init__()
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(200), frequencies)), persistent=False)
-        self.net = nn.Sequential(nn.Linear(2 * frequencies * scalars, size), nn.SiLU(), nn.Linear(size, size), nn.SiLU())
+        self.net = nn.Sequential(
+            nn.Linear(2 * frequencies * scalars, size), nn.SiLU(), nn.Linear(size, size), nn.SiLU()
+        )
 
     def forward(self, *scalars: Tensor) -> Tensor:
         phases = torch.cat([s[:, None] * self.frequencies for s in scalars], dim=1)

@@ -34,7 +34,10 @@ from .scan import ActivityScale, Scan, WorkingGrid, scale_mr, whole_file
 
 RESIDUAL = 0.2  # SD of SPET - coarse in scaled activity, roughly; makes x0 of order 1
 STEPS, START = 6, 0.5  # sampler steps and warm start, chosen on validation patients
-FIDELITY, FIDELITY_SD = 0.5, 1.5  # default pull towards the measured LPET, and its Gaussian SD in voxels, chosen on validation patients
+FIDELITY, FIDELITY_SD = (
+    0.5,
+    1.5,
+)  # default pull towards the measured LPET, and its Gaussian SD in voxels, chosen on validation patients
 
 
 class MFdiff(nn.Module):
@@ -42,7 +45,11 @@ class MFdiff(nn.Module):
 
     def __init__(self, fusion_widths: tuple[int, ...], denoiser_widths: tuple[int, ...], context: int = 3):
         super().__init__()
-        self.settings = {"fusion_widths": list(fusion_widths), "denoiser_widths": list(denoiser_widths), "context": context}
+        self.settings = {
+            "fusion_widths": list(fusion_widths),
+            "denoiser_widths": list(denoiser_widths),
+            "context": context,
+        }
         self.fusion = MultiModalityFusion(tuple(fusion_widths), context)
         self.denoiser = ConditionalUNet(tuple(denoiser_widths), feature=fusion_widths[0])
         self.schedule = NoiseSchedule()
@@ -62,7 +69,8 @@ class MFdiff(nn.Module):
     # --- learning ------------------------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Tensor], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """The losses of stage 1. batch: see `SliceDataset.batch`; t: (B,); noise: (B, 1, H, W). Returns scalars "coarse" and "diffusion"."""
+        """The losses of stage 1. batch: see `SliceDataset.batch`; t: (B,); noise: (B, 1, H, W). Returns scalars
+        "coarse" and "diffusion"."""
         fused: Fused = self.fusion(batch["lpet"], batch["mr"], batch["dose"])
         residual = (batch["spet"] - fused.coarse) / RESIDUAL
         x0 = residual.detach()  # the coarse estimate learns from its own loss alone
@@ -81,7 +89,14 @@ class MFdiff(nn.Module):
 
     @torch.no_grad()
     def restore_slices(
-        self, lpet: Tensor, mr: Tensor, dose: Tensor, noise: Tensor, steps: int = STEPS, start: float = START, method: str = "dpm++"
+        self,
+        lpet: Tensor,
+        mr: Tensor,
+        dose: Tensor,
+        noise: Tensor,
+        steps: int = STEPS,
+        start: float = START,
+        method: str = "dpm++",
     ) -> tuple[Tensor, Fused]:
         """Samples of scaled slices. lpet, mr: (B, context, H, W); dose: (B,); noise: (B, K, H, W), one map a sample.
 
@@ -92,8 +107,12 @@ class MFdiff(nn.Module):
         lpets, features, doses = (repeat(x, "b ... -> (b k) ...", k=k) for x in (lpet, fused.feature, dose))
         residual = sample(
             lambda xt, t: self._denoise(xt, t, lpets, features, doses),
-            rearrange(noise, "b k h w -> (b k) 1 h w"), self.schedule, steps, start, method,
-        )  # fmt: skip
+            rearrange(noise, "b k h w -> (b k) 1 h w"),
+            self.schedule,
+            steps,
+            start,
+            method,
+        )
         return fused.coarse + RESIDUAL * rearrange(residual, "(b k) 1 h w -> b k h w", k=k), fused
 
     def restore(
@@ -110,10 +129,11 @@ class MFdiff(nn.Module):
     ) -> Restoration:
         """Restore the standard-dose image of a scan; without `scan.mr`, from PET alone.
 
-        n_samples: K samples for mean and SD; steps, start, method: see `diffusion.sample`. fidelity in [0, 1]: how much of what the measured
-        LPET says beyond noise is put back (0: the model alone; higher: more lesion contrast, more noise). seed: fixes the samples, slice by
-        slice, whatever the batch. progress: wraps the iterable of slices, e.g. `tqdm`. Memory does not grow with the slices worked on.
-        Raises ValueError for n_samples < 1, fidelity outside [0, 1] or steps that the sampler cannot take.
+        n_samples: K samples for mean and SD; steps, start, method: see `diffusion.sample`. fidelity in [0, 1]: how much
+        of what the measured LPET says beyond noise is put back (0: the model alone; higher: more lesion contrast, more
+        noise). seed: fixes the samples, slice by slice, whatever the batch. progress: wraps the iterable of slices,
+        e.g. `tqdm`. Memory does not grow with the slices worked on. Raises ValueError for n_samples < 1, fidelity
+        outside [0, 1] or steps that the sampler cannot take.
         """
         if n_samples < 1:
             raise ValueError(f"n_samples: expected at least 1, found {n_samples}")
@@ -143,11 +163,22 @@ class MFdiff(nn.Module):
         nothing = np.zeros_like(scan.lpet)
         spread = samples.std(0, dtype=np.float32) * scale.value
         return Restoration(
-            mean=finish(mean), std=scan.like_input(grid.back(spread, nothing)), coarse=finish(coarse),
-            gate=scan.like_input(grid.back(gate, nothing)), unit=scan.unit,
-            settings={"n_samples": n_samples, "steps": steps, "start": start, "method": method, "fidelity": fidelity, "seed": seed},
-            _samples=samples, _finish=finish,
-        )  # fmt: skip
+            mean=finish(mean),
+            std=scan.like_input(grid.back(spread, nothing)),
+            coarse=finish(coarse),
+            gate=scan.like_input(grid.back(gate, nothing)),
+            unit=scan.unit,
+            settings={
+                "n_samples": n_samples,
+                "steps": steps,
+                "start": start,
+                "method": method,
+                "fidelity": fidelity,
+                "seed": seed,
+            },
+            _samples=samples,
+            _finish=finish,
+        )
 
     def _restore_slice(self, lpet, mr, z, dose, n_samples, seed, steps, start, method) -> tuple[np.ndarray, Fused]:
         """One slice of the working grid, padded to multiples of 32 for the windows and cut back."""
@@ -157,7 +188,10 @@ class MFdiff(nn.Module):
         x, y = lpet.shape[:2]
         pad = ((0, 0), (0, -x % 32), (0, -y % 32))
         pet_slices, mr_slices = (
-            torch.from_numpy(np.pad(np.moveaxis(v[..., near], -1, 0), pad))[None].to(device, memory_format=torch.channels_last) for v in (lpet, mr)
+            torch.from_numpy(np.pad(np.moveaxis(v[..., near], -1, 0), pad))[None].to(
+                device, memory_format=torch.channels_last
+            )
+            for v in (lpet, mr)
         )
         noise = paired_noise(n_samples, tuple(pet_slices.shape[-2:]), [seed, z])[None].to(device)
         doses = torch.full((1,), float(dose), device=device)
@@ -167,7 +201,8 @@ class MFdiff(nn.Module):
 
 
 def paired_noise(n_samples: int, shape: tuple[int, int], seed: list[int]) -> Tensor:
-    """(K, H, W) normal noise in antithetic pairs, noise and -noise: their mean converges to the posterior mean much faster than K free draws."""
+    """(K, H, W) normal noise in antithetic pairs, noise and -noise: their mean converges to the posterior mean much
+    faster than K free draws."""
     half = np.random.default_rng(seed).standard_normal(((n_samples + 1) // 2, *shape), dtype=np.float32)
     return torch.from_numpy(rearrange(np.stack([half, -half]), "sign k h w -> (k sign) h w")[:n_samples].copy())
 
@@ -180,8 +215,8 @@ def measured_beyond_noise(residual: np.ndarray) -> np.ndarray:
 
 @dataclass(eq=False)
 class Restoration:
-    """What came out, in the kind, shape and unit of the scan's LPET. mean, std: of the K samples; coarse: the fusion head's estimate;
-    gate: how much MR was let in, [0, 1]; samples: (K, ...) single samples."""
+    """What came out, in the kind, shape and unit of the scan's LPET. mean, std: of the K samples; coarse: the fusion
+    head's estimate; gate: how much MR was let in, [0, 1]; samples: (K, ...) single samples."""
 
     mean: Any
     std: Any
@@ -211,9 +246,13 @@ def save_model(model: MFdiff, path: str | Path, card: dict[str, Any], force: boo
 
 
 def load_model(path: str | Path, device: str = "auto") -> MFdiff:
-    """A model from a file of `save_model`. Nothing is unpickled. Raises OSError if it is missing, ValueError if it is not such a file."""
+    """A model from a file of `save_model`. Nothing is unpickled. Raises OSError if it is missing, ValueError if it is
+    not such a file."""
     if not Path(path).is_file():
-        raise OSError(f"{path}: expected a weights file, found nothing; check the path, or leave out --weights to use the shipped ones")
+        raise OSError(
+            f"{path}: expected a weights file, found nothing; "
+            "check the path, or leave out --weights to use the shipped ones"
+        )
     try:
         with safe_open(path, "pt") as stored:
             card = json.loads((stored.metadata() or {})["card"])
@@ -222,7 +261,10 @@ def load_model(path: str | Path, device: str = "auto") -> MFdiff:
         model.load_state_dict(tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"{path}: expected weights saved by this package, found something else or a damaged file ({reason}); fetch it again") from None
+        raise ValueError(
+            f"{path}: expected weights saved by this package, found something else or a damaged file ({reason}); "
+            "fetch it again"
+        ) from None
     model.card = card
     return model.to(pick_device(device), memory_format=torch.channels_last).eval()
 
@@ -233,11 +275,16 @@ def load_pretrained(device: str = "auto") -> MFdiff:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """"auto": the GPU if there is one. Raises ValueError for a device that this machine does not have."""
+    """ "auto": the GPU if there is one. Raises ValueError for a device that this machine does not have."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that this machine has, found {device!r} ({str(error).splitlines()[0][:80]}); try --device auto") from None
+        raise ValueError(
+            f"device: expected one that this machine has, found {device!r} ({str(error).splitlines()[0][:80]}); "
+            "try --device auto"
+        ) from None

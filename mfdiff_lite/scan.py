@@ -72,9 +72,11 @@ class Scan:
         for name, kind in (("mask", bool), ("tissues", np.uint8), ("lesions", np.uint8)):
             if getattr(self, name) is not None:
                 setattr(self, name, self._checked(name, kind))
+        if not _maps_to_mm(self.affine):
+            raise ValueError(f"{self._called('lpet')}: expected an affine (4, 4) that maps voxels to mm, found a singular or damaged one; repair the header")
         self.voxel_size = tuple(float(v) for v in nib.affines.voxel_sizes(self.affine))
         low, high = VOXEL_LIMITS
-        if self._given_ndim == 3 and not all(low <= v <= high for v in self.voxel_size):
+        if not all(low <= v <= high for v in self.voxel_size[: self._given_ndim]):
             raise ValueError(
                 f"{self._called('lpet')}: expected voxels of {low} to {high} mm, found {np.round(self.voxel_size, 3).tolist()} mm; "
                 "correct the affine in the header (units must be mm)"
@@ -98,10 +100,11 @@ class Scan:
             raise ValueError(f"{called}: expected real numbers, found {array.dtype}; save one real-valued channel")
         if kind is not np.float32:
             return array.astype(kind)
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             raise ValueError(f"{called}: expected finite values, found {bad} NaN or infinite voxels; replace them (background: 0) first")
-        array = array.astype(np.float32)
         if not array.any():
             raise ValueError(f"{called}: expected an image, found only zeros; check the export" + (", or pass mr=None" if name == "mr" else ""))
         if name != "mr" and array.min() < 0:
@@ -228,7 +231,7 @@ def load_scan(
     """
     lpet = _read(lpet_path)
     mr = None if mr_path is None else _on_grid_of(lpet, _read(mr_path), lpet_path, mr_path)
-    spet, mask = (None if path is None else np.asarray(_read(path).dataobj, np.float32) for path in (spet_path, mask_path))
+    spet, mask = (None if path is None else _if_grid_of(lpet, _read(path), lpet_path, path) for path in (spet_path, mask_path))
     sources = {"lpet": lpet_path, "mr": mr_path, "spet": spet_path, "mask": mask_path}
     return Scan(
         lpet=np.asarray(lpet.dataobj, np.float32), mr=mr, spet=spet, mask=None if mask is None else mask > 0.5, affine=lpet.affine,
@@ -248,21 +251,37 @@ def _read(path: str | Path) -> nib.spatialimages.SpatialImage:
     if not Path(path).is_file():
         raise OSError(f"{path}: expected a NIfTI file, found {'a folder' if Path(path).is_dir() else 'nothing'}; check the path")
     try:
-        image = nib.load(path)
+        with nib.imageglobals.LoggingOutputSuppressor():
+            image = nib.load(path)
         data = np.asanyarray(image.dataobj)
     except nib.filebasedimages.ImageFileError:
         raise OSError(f"{path}: expected a NIfTI file (.nii or .nii.gz), found something else; convert it first, e.g. with dcm2niix") from None
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise OSError(f"{path}: expected a whole NIfTI file, found a truncated or damaged one ({error}); copy or export it again") from None
+    except (OSError, EOFError, zlib.error, ValueError, nib.spatialimages.HeaderDataError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{path}: expected a whole NIfTI file, found a truncated or damaged one ({reason}); copy or export it again") from None
     if data.dtype.kind not in "biuf":
         raise ValueError(f"{path}: expected real numbers, found {data.dtype}; save one real-valued channel")
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim != 3:
         raise ValueError(f"{path}: expected one 3-D volume, found shape {data.shape}; extract one time frame or channel first")
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+    if not _maps_to_mm(image.affine):
         raise ValueError(f"{path}: expected an affine that maps voxels to mm, found a singular one; repair the header")
     return nib.Nifti1Image(data, image.affine, image.header if isinstance(image, nib.Nifti1Image) else None)
+
+
+def _maps_to_mm(affine: np.ndarray) -> bool:
+    """Whether it is (4, 4), finite, and its three axes span space."""
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        return False
+    return bool(abs(np.linalg.det(affine[:3, :3])) > 1e-3 * np.prod(nib.affines.voxel_sizes(affine)))
+
+
+def _if_grid_of(pet: nib.Nifti1Image, image: nib.Nifti1Image, pet_path: object, path: object) -> np.ndarray:
+    """The data of an image that must lie on the PET grid already; a mirrored one of the same shape would pass unnoticed."""
+    if image.shape != pet.shape or not np.allclose(image.affine, pet.affine, atol=1e-2):
+        raise ValueError(f"{path}: expected the grid of {pet_path}, {pet.shape}, found {image.shape} or another affine; resample it to the PET first")
+    return np.asarray(image.dataobj, np.float32)
 
 
 def _on_grid_of(pet: nib.Nifti1Image, mr: nib.Nifti1Image, pet_path: object, mr_path: object) -> np.ndarray:
@@ -308,6 +327,8 @@ class whole_file:
         self.partial = self.path.with_name(f".{os.getpid()}-part-{self.path.name}")
 
     def __enter__(self) -> Path:
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path}: expected a file to write, found a folder; choose another name")
         if self.path.exists() and not self.force:
             raise FileExistsError(f"{self.path}: exists already; choose another name or pass --force to replace it")
         if not self.path.parent.is_dir():

@@ -1,7 +1,9 @@
-"""Stage 1, supervised learning of generalized priors on the simulated cohort, as a generator: it trains and yields, the caller logs, plots and stops.
+"""Stage 1, supervised learning of generalized priors on the simulated cohort, as a generator: it trains and yields, the
+caller logs, plots and stops.
 
-Exact resume: batch, times and noise of a step depend on (seed, step) alone, so a checkpoint needs only weights, average, optimizer and step.
-Several devices: `accelerate launch -m mfdiff_lite train …`; each process takes its share of the same global batch, only the first one writes.
+Exact resume: batch, times and noise of a step depend on (seed, step) alone, so a checkpoint needs only weights,
+average, optimizer and step. Several devices: `accelerate launch -m mfdiff_lite train …`; each process takes its share
+of the same global batch, only the first one writes.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "stage1.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class TrainingState:
-    """What a step of training shows. loss: parts of the loss, running means; validation: {step, lpet, coarse, mean} PSNR [dB] or None if this
-    step did not validate; curve: all validations so far; model: the averaged weights, live."""
+    """What a step of training shows. loss: parts of the loss, running means; validation: {step, lpet, coarse, mean}
+    PSNR [dB] or None if this step did not validate; curve: all validations so far; model: the averaged weights,
+    live."""
 
     step: int
     steps: int
@@ -49,18 +52,25 @@ class TrainingState:
 
 
 def train_stage1(
-    profile: Profile, out: str | Path | None = None, resume: bool = False, device: str = "auto", workers: int | None = None
+    profile: Profile,
+    out: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
 ) -> Iterator[TrainingState]:
     """Train MFdiff on the profile's cohort, yielding a `TrainingState` after each step.
 
-    out: folder for checkpoints (every `checkpoint_every` steps, on Ctrl-C and at the end) and for the final weights; None keeps nothing.
-    resume: go on from the checkpoint in `out` if there is one; the result equals that of an uncut run. Ctrl-C finishes the step, saves, and
-    raises KeyboardInterrupt. Raises ValueError if the checkpoint belongs to another profile, FileExistsError if `out` holds a run and
-    `resume` is off, FloatingPointError if the loss is no longer finite.
+    out: folder for checkpoints (every `checkpoint_every` steps, on Ctrl-C and at the end) and for the final weights;
+    None keeps nothing. resume: go on from the checkpoint in `out` if there is one; the result equals that of an uncut
+    run. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. Raises ValueError if the checkpoint belongs to
+    another profile, FileExistsError if `out` holds a run and `resume` is off, FloatingPointError if the loss is no
+    longer finite.
     """
     out = None if out is None else Path(out)
     if out is not None and (out / CHECKPOINT).exists() and not resume:
-        raise FileExistsError(f"{out}: holds a training run already; continue it with --resume or choose another folder")
+        raise FileExistsError(
+            f"{out}: holds a training run already; continue it with --resume or choose another folder"
+        )
     chosen = pick_device(device)
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="bf16" if chosen.type == "cuda" else "no")
     data = SliceDataset(make_cohort(profile, "train", workers), profile)
@@ -100,7 +110,10 @@ def train_stage1(
             for key, value in losses.items():
                 running[key] = 0.98 * running.get(key, value.item()) + 0.02 * value.item()
             if not all(map(math.isfinite, running.values())):
-                raise FloatingPointError(f"stage 1: the loss is no longer finite at step {step}; lower learning_rate, now {profile.learning_rate:g}")
+                raise FloatingPointError(
+                    f"stage 1: the loss is no longer finite at step {step}; "
+                    f"lower learning_rate, now {profile.learning_rate:g}"
+                )
             checked = None
             if (step % profile.validate_every == 0 or step == profile.steps) and accelerator.is_main_process:
                 checked = {"step": step, **validation.psnr(average)}
@@ -124,11 +137,15 @@ def learning_rate(profile: Profile, step: int) -> float:
 
 
 class ValidationSet:
-    """A fixed set of slices of the validation anatomy: PSNR against SPET of the LPET, the coarse estimate and the mean of one sample pair."""
+    """A fixed set of slices of the validation anatomy: PSNR against SPET of the LPET, the coarse estimate and the mean
+    of one sample pair."""
 
     def __init__(self, profile: Profile, workers: int | None = None, slices: int = 24):
         plain = dataclasses.replace(profile, seed=profile.seed + 1, crop=128)
-        self.batches = [SliceDataset(make_cohort(profile, "validation", workers), plain, augment=False).batch(i, 4) for i in range(slices // 4)]
+        self.batches = [
+            SliceDataset(make_cohort(profile, "validation", workers), plain, augment=False).batch(i, 4)
+            for i in range(slices // 4)
+        ]
 
     @torch.no_grad()
     def psnr(self, model: MFdiff) -> dict[str, float]:
@@ -138,10 +155,14 @@ class ValidationSet:
         model.eval()
         for index, batch in enumerate(self.batches):
             lpet, mr, dose = (batch[k].to(device) for k in ("lpet", "mr", "dose"))
-            noise = torch.stack([paired_noise(2, tuple(lpet.shape[-2:]), [index, i]) for i in range(len(lpet))]).to(device)
+            noise = torch.stack([paired_noise(2, tuple(lpet.shape[-2:]), [index, i]) for i in range(len(lpet))]).to(
+                device
+            )
             drawn, fused = model.restore_slices(lpet, mr, dose, noise)
             images = {"lpet": lpet[:, lpet.shape[1] // 2], "coarse": fused.coarse[:, 0], "mean": drawn.mean(1)}
-            for i, (spet, weight) in enumerate(zip(batch["spet"][:, 0].numpy(), batch["weight"][:, 0].numpy(), strict=True)):
+            for i, (spet, weight) in enumerate(
+                zip(batch["spet"][:, 0].numpy(), batch["weight"][:, 0].numpy(), strict=True)
+            ):
                 brain = weight >= 1
                 if brain.sum() > 100:
                     for key, image in images.items():
@@ -149,11 +170,15 @@ class ValidationSet:
         return {key: round(float(np.mean(values)), 4) for key, values in scores.items()}
 
 
-def _global_batch(data: SliceDataset, profile: Profile, step: int, length: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def _global_batch(
+    data: SliceDataset, profile: Profile, step: int, length: int
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The batch, times and noise of a step, for all processes together."""
     batch = data.batch(step)
     rng = np.random.default_rng([profile.seed, step, 29])
-    t = (np.arange(profile.batch) + rng.random()) / profile.batch * length  # stratified: every batch covers all noise levels
+    t = (
+        (np.arange(profile.batch) + rng.random()) / profile.batch * length
+    )  # stratified: every batch covers all noise levels
     noise = rng.standard_normal(tuple(batch["spet"].shape), dtype=np.float32)
     return batch, torch.from_numpy(t.astype(np.int64)), torch.from_numpy(noise)
 
@@ -178,15 +203,21 @@ def _interrupt_after_step() -> Iterator[threading.Event]:
 
 
 def _save_checkpoint(out, profile, model, average, optimizer, step, seconds, curve) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"average.{k}": v for k, v in average.state_dict().items()}
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {
+        f"average.{k}": v for k, v in average.state_dict().items()
+    }
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     note = {"profile": dataclasses.asdict(profile), "step": step, "seconds": seconds, "curve": curve}
     with whole_file(out / CHECKPOINT) as partial:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"note": json.dumps(note)})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"note": json.dumps(note)}
+        )
 
 
-def _load_checkpoint(out: Path, profile: Profile, model: MFdiff, average: MFdiff, optimizer: Any) -> tuple[int, float, list]:
+def _load_checkpoint(
+    out: Path, profile: Profile, model: MFdiff, average: MFdiff, optimizer: Any
+) -> tuple[int, float, list]:
     from safetensors import SafetensorError, safe_open
 
     path = out / CHECKPOINT
@@ -195,12 +226,17 @@ def _load_checkpoint(out: Path, profile: Profile, model: MFdiff, average: MFdiff
             note = json.loads(stored.metadata()["note"])
         tensors = load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a checkpoint of stage 1, found a damaged file ({error}); delete it to start again") from None
+        raise ValueError(
+            f"{path}: expected a checkpoint of stage 1, found a damaged file ({error}); delete it to start again"
+        ) from None
     wanted = json.loads(json.dumps(dataclasses.asdict(profile)))
     changed = [key for key in wanted if note["profile"].get(key) != wanted[key]]
     if changed:
         found = ", ".join(f"{key}={note['profile'].get(key)}" for key in changed)
-        raise ValueError(f"{path}: expected a run of this profile, found one with {found}; resume with the same settings or choose another --out")
+        raise ValueError(
+            f"{path}: expected a run of this profile, found one with {found}; "
+            "resume with the same settings or choose another --out"
+        )
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
@@ -214,18 +250,31 @@ def _load_checkpoint(out: Path, profile: Profile, model: MFdiff, average: MFdiff
 
 def _card(profile: Profile, step: int, seconds: float, curve: list) -> dict[str, Any]:
     return {
-        "what": "MFdiff stage 1, exponential moving average of the weights", "profile": dataclasses.asdict(profile), "seed": profile.seed,
-        "revision": code_revision(), "steps": step, "training_minutes": round(seconds / 60, 1), "torch": torch.__version__,
-        "trained_on": {"anatomies": TRAIN_ANATOMIES, "virtual_patients": profile.patients, "slices": profile.patients * profile.slab},
-        "validated_on": {"anatomies": VALIDATION_ANATOMIES, "virtual_patients": profile.validation_patients}, "validation_psnr_db": curve,
-        "licence": "MIT", "use": "teaching and research; not a medical device",
-    }  # fmt: skip
+        "what": "MFdiff stage 1, exponential moving average of the weights",
+        "profile": dataclasses.asdict(profile),
+        "seed": profile.seed,
+        "revision": code_revision(),
+        "steps": step,
+        "training_minutes": round(seconds / 60, 1),
+        "torch": torch.__version__,
+        "trained_on": {
+            "anatomies": TRAIN_ANATOMIES,
+            "virtual_patients": profile.patients,
+            "slices": profile.patients * profile.slab,
+        },
+        "validated_on": {"anatomies": VALIDATION_ANATOMIES, "virtual_patients": profile.validation_patients},
+        "validation_psnr_db": curve,
+        "licence": "MIT",
+        "use": "teaching and research; not a medical device",
+    }
 
 
 def code_revision() -> str:
     """The git revision of this checkout, "+" if it has changes, or "unknown" outside git."""
     try:
         here = Path(__file__).parent
-        return subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

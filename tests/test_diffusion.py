@@ -106,7 +106,8 @@ def test_ddpm_variance_of_a_step_is_that_of_diffusers():
 
 
 def exact_factor(sd, steps, start=1.0):
-    """What DDIM multiplies the start by for x0 ~ N(0, sd^2): every step is linear there, so the product is the closed form."""
+    """What DDIM multiplies the start by for x0 ~ N(0, sd^2): every step is linear there, so the product is the closed
+    form."""
     times = [int(t) for t in SCHEDULE.times(steps, start)]
     a = SCHEDULE._alpha_bar.double()[times]
     factor = (1 - a[0]).sqrt() if start < 1 else torch.tensor(1.0)
@@ -127,7 +128,9 @@ def test_samplers_converge_to_the_gaussian_at_their_order():
     """The probability-flow ODE carries N(0, 1) into N(0, sd^2): error falls at least as 1/n (DDIM) and faster (2M)."""
     error = {
         (method, n): abs(
-            sample(optimal_denoiser(0.5), torch.ones(1, 1, dtype=torch.float64), SCHEDULE, n, method=method).item() / 0.5 - 1
+            sample(optimal_denoiser(0.5), torch.ones(1, 1, dtype=torch.float64), SCHEDULE, n, method=method).item()
+            / 0.5
+            - 1
         )
         for method in ("ddim", "dpm++")
         for n in (25, 50, 100)
@@ -140,7 +143,8 @@ def test_samplers_converge_to_the_gaussian_at_their_order():
 
 @pytest.mark.parametrize("method", ["ddim", "dpm++", "ddpm"])
 def test_a_perfect_denoiser_of_one_point_returns_that_point_without_noise(method):
-    """x0 is a constant: whatever the start and the steps, the answer is that constant; noise at the last step would show."""
+    """x0 is a constant: whatever the start and the steps, the answer is that constant; noise at the last step would
+    show."""
     point = 0.7
 
     def denoise(xt, t):
@@ -167,12 +171,16 @@ def test_warm_start_begins_at_its_time_with_the_guess():
 
 
 def test_ddpm_repeats_with_its_generator():
-    run = lambda seed: sample(dummy, noise(1, 1, 4, 4), SCHEDULE, 8, method="ddpm", generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sample(dummy, noise(1, 1, 4, 4), SCHEDULE, 8, method="ddpm", generator=generator)
+
     assert torch.equal(run(3), run(3)) and not torch.equal(run(3), run(4))
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"), [({"steps": 0}, "steps"), ({"start": 0.0}, "start"), ({"start": 1.2}, "start"), ({"method": "euler"}, "method")]
+    ("settings", "word"),
+    [({"steps": 0}, "steps"), ({"start": 0.0}, "start"), ({"start": 1.2}, "start"), ({"method": "euler"}, "method")],
 )
 def test_impossible_settings_are_refused(settings, word):
     with pytest.raises(ValueError, match=word):

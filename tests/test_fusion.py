@@ -34,7 +34,8 @@ def test_smooth_is_a_gaussian_that_keeps_activity():
     x[0, 1, 32, 32] = 1
     got = smooth(x)[0, 0].numpy()
     assert got[:, 32] / got[:, 32].max() == pytest.approx(
-        ndimage.gaussian_filter1d(np.eye(64)[32], 1.5)[:] / ndimage.gaussian_filter1d(np.eye(64)[32], 1.5).max(), abs=0.01
+        ndimage.gaussian_filter1d(np.eye(64)[32], 1.5)[:] / ndimage.gaussian_filter1d(np.eye(64)[32], 1.5).max(),
+        abs=0.01,
     )
     assert smooth(torch.full((1, 3, 32, 32), 2.5)).numpy() == pytest.approx(2.5, rel=1e-5)
 
@@ -61,7 +62,8 @@ def test_attention_stays_in_its_window():
 
 
 def test_attention_weights_average_the_values():
-    """With a value projection of the identity and constant MR features, whatever the query, the answer is that constant."""
+    """With a value projection of the identity and constant MR features, whatever the query, the answer is that
+    constant."""
     fuse = GatedFusion(8)
     with torch.no_grad():
         fuse.key_value.weight[8:, :, 0, 0] = torch.eye(8)
@@ -95,7 +97,9 @@ def test_mr_gain_does_not_matter_to_the_fusion_but_its_structure_does(fusion):
     lpet, mr, dose = randn(1, 3, 32, 32).abs(), randn(1, 3, 32, 32, seed=1), torch.tensor([20.0])
     base = fusion(lpet, mr, dose).coarse
     assert (fusion(lpet, mr.flip(-1), dose).coarse - base).abs().max() > 1e-4
-    assert (fusion(lpet, mr, torch.tensor([80.0])).coarse - base).abs().max() == 0  # FiLM starts at zero: learned, not given
+    assert (
+        fusion(lpet, mr, torch.tensor([80.0])).coarse - base
+    ).abs().max() == 0  # FiLM starts at zero: learned, not given
 
 
 def test_slices_of_a_batch_do_not_see_each_other(fusion):
@@ -114,9 +118,12 @@ def test_the_denoiser_has_no_road_for_raw_mr_and_uses_each_of_its_conditions():
         if hasattr(module, "film"):
             torch.nn.init.normal_(module.film.weight, std=0.1)
     given = {
-        "xt": randn(1, 1, 32, 32), "time": torch.tensor([0.4]), "lpet": randn(1, 1, 32, 32, seed=1),
-        "feature": randn(1, 8, 16, 16, seed=2), "dose_reduction": torch.tensor([20.0]),
-    }  # fmt: skip
+        "xt": randn(1, 1, 32, 32),
+        "time": torch.tensor([0.4]),
+        "lpet": randn(1, 1, 32, 32, seed=1),
+        "feature": randn(1, 8, 16, 16, seed=2),
+        "dose_reduction": torch.tensor([20.0]),
+    }
     base = net(**given)
     for name, value in given.items():
         assert (net(**{**given, name: value * 1.5}) - base).abs().max() > 1e-5, name

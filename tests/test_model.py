@@ -37,9 +37,12 @@ def head(shape=(48, 56, 6), seed=0):
 def test_losses_are_the_written_equations(model):
     g = torch.Generator().manual_seed(0)
     batch = {
-        "lpet": torch.rand(2, 3, 32, 32, generator=g), "mr": torch.randn(2, 3, 32, 32, generator=g), "dose": torch.tensor([20.0, 50.0]),
-        "spet": torch.rand(2, 1, 32, 32, generator=g), "weight": torch.randint(1, 6, (2, 1, 32, 32), generator=g).float(),
-    }  # fmt: skip
+        "lpet": torch.rand(2, 3, 32, 32, generator=g),
+        "mr": torch.randn(2, 3, 32, 32, generator=g),
+        "dose": torch.tensor([20.0, 50.0]),
+        "spet": torch.rand(2, 1, 32, 32, generator=g),
+        "weight": torch.randint(1, 6, (2, 1, 32, 32), generator=g).float(),
+    }
     t, noise = torch.tensor([100, 700]), torch.randn(2, 1, 32, 32, generator=g)
     losses = model(batch, t, noise)
     fused = model.fusion(batch["lpet"], batch["mr"], batch["dose"])
@@ -55,9 +58,12 @@ def test_losses_are_the_written_equations(model):
 
 def test_the_diffusion_loss_does_not_train_the_coarse_head(model):
     batch = {
-        "lpet": torch.rand(1, 3, 32, 32), "mr": torch.randn(1, 3, 32, 32), "dose": torch.tensor([20.0]),
-        "spet": torch.rand(1, 1, 32, 32), "weight": torch.ones(1, 1, 32, 32),
-    }  # fmt: skip
+        "lpet": torch.rand(1, 3, 32, 32),
+        "mr": torch.randn(1, 3, 32, 32),
+        "dose": torch.tensor([20.0]),
+        "spet": torch.rand(1, 1, 32, 32),
+        "weight": torch.ones(1, 1, 32, 32),
+    }
     model.zero_grad()
     model(batch, torch.tensor([300]), torch.randn(1, 1, 32, 32))["diffusion"].backward()
     assert model.fusion.head.weight.grad is None
@@ -69,8 +75,12 @@ def test_paired_noise_is_antithetic_normal_and_seeded():
     noise = paired_noise(5, (64, 64), [3, 7])
     assert torch.equal(noise[0], -noise[1]) and torch.equal(noise[2], -noise[3])
     assert noise[[0, 2, 4]].std().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(noise, paired_noise(5, (64, 64), [3, 7])) and not torch.equal(noise, paired_noise(5, (64, 64), [3, 8]))
-    assert torch.equal(paired_noise(8, (4, 4), [0])[:3], paired_noise(3, (4, 4), [0]))  # more samples keep the first ones
+    assert torch.equal(noise, paired_noise(5, (64, 64), [3, 7])) and not torch.equal(
+        noise, paired_noise(5, (64, 64), [3, 8])
+    )
+    assert torch.equal(
+        paired_noise(8, (4, 4), [0])[:3], paired_noise(3, (4, 4), [0])
+    )  # more samples keep the first ones
 
 
 def test_mean_and_std_are_those_of_the_samples(model):
@@ -112,7 +122,10 @@ def test_orientation_of_the_file_does_not_change_the_answer(model, codes):
     turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes))
     affine = np.diag([2.0, 2, 2, 1]) @ nib.orientations.inv_ornt_aff(turn, lpet.shape)
     turned = Scan(*(nib.apply_orientation(v, turn) for v in (lpet, mr)), affine=affine)
-    back = nib.apply_orientation(model.restore(turned, 2).mean, nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt("RAS")))
+    back = nib.apply_orientation(
+        model.restore(turned, 2).mean,
+        nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt("RAS")),
+    )
     assert back == pytest.approx(reference, abs=1e-4)
 
 
@@ -143,7 +156,12 @@ def test_fidelity_puts_back_the_smoothed_residual(model):
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [({"n_samples": 0}, "n_samples"), ({"fidelity": 2.0}, "fidelity"), ({"steps": 0}, "steps"), ({"method": "x"}, "method")],
+    [
+        ({"n_samples": 0}, "n_samples"),
+        ({"fidelity": 2.0}, "fidelity"),
+        ({"steps": 0}, "steps"),
+        ({"method": "x"}, "method"),
+    ],
 )
 def test_impossible_settings_are_refused(model, settings, word):
     with pytest.raises(ValueError, match=word):
@@ -196,7 +214,16 @@ def test_the_shipped_weights_carry_their_card_and_are_small(shipped):
 
     path = files("mfdiff_lite") / "weights" / "stage1.safetensors"
     assert path.stat().st_size <= 16e6
-    for key in ("profile", "seed", "revision", "training_minutes", "trained_on", "validated_on", "validation_psnr_db", "licence"):
+    for key in (
+        "profile",
+        "seed",
+        "revision",
+        "training_minutes",
+        "trained_on",
+        "validated_on",
+        "validation_psnr_db",
+        "licence",
+    ):
         assert shipped.card.get(key) not in (None, "", []), key
     assert "unknown" not in shipped.card["revision"]
     assert 2e6 <= shipped.n_parameters <= 4e6
@@ -224,6 +251,9 @@ def test_the_shipped_weights_degrade_safely_with_a_wrong_mr(shipped, test_case):
     scan, restored = test_case
     wrong = Scan(scan.lpet, scan.mr[::-1, ::-1].copy(), scan.spet, mask=scan.mask, affine=scan.affine)
     none = Scan(scan.lpet, None, scan.spet, mask=scan.mask, affine=scan.affine)
-    psnr = {name: mf.compare(s, {"x": shipped.restore(s, 4).mean}).rows["x"]["psnr"] for name, s in (("wrong", wrong), ("none", none))}
+    psnr = {
+        name: mf.compare(s, {"x": shipped.restore(s, 4).mean}).rows["x"]["psnr"]
+        for name, s in (("wrong", wrong), ("none", none))
+    }
     gaussian = mf.compare(scan, restored).rows["Gaussian"]["psnr"]
     assert psnr["none"] > gaussian and psnr["wrong"] > gaussian

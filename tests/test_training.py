@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from mfdiff_lite.cohort import SliceDataset, make_cohort
 from mfdiff_lite.config import load_profile
-from mfdiff_lite.model import load_model
+from mfdiff_lite.model import MFdiff, load_model
 from mfdiff_lite.training import CHECKPOINT, WEIGHTS, _update_average, learning_rate, train_stage1
 
 TINY = load_profile(
-    "smoke", patients=1, slab=3, steps=6, batch=2, crop=64, validate_every=6, checkpoint_every=2, fusion_widths="8,8,8", denoiser_widths="8,8,8"
+    "smoke",
+    patients=1,
+    slab=3,
+    steps=6,
+    batch=2,
+    crop=64,
+    validate_every=6,
+    checkpoint_every=2,
+    fusion_widths="8,8,8",
+    denoiser_widths="8,8,8",
 )
 
 
@@ -106,10 +116,15 @@ def test_learning_rate_warms_up_and_falls_to_two_per_cent():
     assert np.all(np.diff([learning_rate(p, s) for s in range(100, 1000)]) < 0)
 
 
-def test_it_learns(tmp_path):
-    """Forty steps on two patients must beat the Gaussian that the coarse estimate starts as, on the validation anatomy's slices."""
-    profile = load_profile("smoke", steps=60, validate_every=60, learning_rate=3e-3, crop=96)
-    first = next(train_stage1(dataclasses.replace(profile, validate_every=1), None, device="cpu", workers=1))
-    last = run(None, profile)[-1]
-    assert last.loss["coarse"] < first.loss["coarse"]
-    assert last.validation["coarse"] > first.validation["coarse"] + 0.2 > first.validation["lpet"] + 2
+def test_it_learns():
+    """A few steps on one patient bring the loss of a fixed batch well below the start, a Gaussian filter."""
+    profile = dataclasses.replace(TINY, steps=40, batch=4, learning_rate=3e-3, warmup=5, ema=0.8, validate_every=40)
+    batch = SliceDataset(make_cohort(profile, "train", workers=1), profile, augment=False).batch(0)
+    t, noise = (
+        torch.tensor([100, 300, 500, 700]),
+        torch.randn(batch["spet"].shape, generator=torch.Generator().manual_seed(0)),
+    )
+    trained = run(None, profile)[-1].model
+    with torch.no_grad():
+        before, after = (m(batch, t, noise) for m in (MFdiff.from_profile(profile), trained))
+    assert after["coarse"] < 0.9 * before["coarse"] and after["diffusion"] < 0.92 * before["diffusion"]
