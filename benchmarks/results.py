@@ -25,7 +25,7 @@ from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.baselines import gaussian, tune_gaussian
 from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES
 from mfdiff_lite.diffusion import NoiseSchedule, sample
-from mfdiff_lite.evaluation import Table, evaluate
+from mfdiff_lite.evaluation import COLUMNS, Table, evaluate, written
 from mfdiff_lite.model import FIDELITY, START, STEPS, load_pretrained
 from mfdiff_lite.phantom import Randomisation, virtual_patient
 from mfdiff_lite.scan import Scan
@@ -272,6 +272,35 @@ def fidelity_picture(chosen: dict) -> None:
     figure.savefig(RESULTS / "fidelity.png", dpi=100, bbox_inches="tight")
 
 
+def readme_block(tables: dict, setting: dict) -> str:
+    """The README's tables, in Markdown: mean over patients and 95 % interval."""
+    columns = {key: name for key, name in COLUMNS.items() if key != "nrmse"}
+    lines = []
+    for scanner, table in tables.items():
+        for against, reference in (("spet", "SPET"), ("truth", "the truth")):
+            n = len(table["patients"])
+            lines += [
+                f"**{scanner.capitalize()}, DRF {setting['dose_reduction']}, n = {n} patients, against {reference}**",
+                "",
+            ]
+            lines += ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+            for method, row in table["summary"][against].items():
+                cells = [
+                    f"{written(k, row[k]['mean'])} [{', '.join(written(k, c) for c in row[k]['ci95'])}]"
+                    for k in columns
+                ]
+                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def write_readme(block: str) -> None:
+    path = RESULTS.parent / "README.md"
+    before, rest = path.read_text().split("<!-- results:start -->")
+    after = rest.split("<!-- results:end -->")[1]
+    path.write_text(f"{before}<!-- results:start -->\n{block}<!-- results:end -->{after}")
+
+
 def as_table(title: str, summary: dict) -> Table:
     return Table(title, {method: {key: value["mean"] for key, value in row.items()} for method, row in summary.items()})
 
@@ -432,12 +461,7 @@ def main(
         "restore.json", {"setting": setting, "tables": tables, "cost": costs, "torch_threads": torch.get_num_threads()}
     )
     write_json("validation.json", chosen)
-    text = [
-        str(as_table(f"{name}, against {'SPET' if a == 'spet' else 'truth'}", tables[name]["summary"][a]))
-        for name in SHIFTS
-        for a in ("spet", "truth")
-    ]
-    (RESULTS / "tables.txt").write_text("\n\n".join(text) + "\n")
+    write_readme(readme_block(tables, setting))
 
 
 if __name__ == "__main__":

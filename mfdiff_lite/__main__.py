@@ -1,6 +1,7 @@
 """The command line: `python -m mfdiff_lite COMMAND --help`.
 
-Exit status 0 on success; 2 on bad usage or bad input, with one sentence on stderr; 1 on an internal fault; 130 on Ctrl-C.
+Exit status 0 on success; 2 on bad usage or bad input, with one sentence on stderr; 1 on an internal fault; 130 on
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ import typer
 
 app = typer.Typer(
     help="Restore a standard-dose PET image from low-dose PET and MR. For teaching and research; not a medical device.",
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
-DoseReduction = Annotated[float, typer.Option(help="dose-reduction factor: standard-dose counts / counts of the LPET, at least 1")]
+DoseReduction = Annotated[
+    float, typer.Option(help="dose-reduction factor: standard-dose counts / counts of the LPET, at least 1")
+]
 Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
 
 
@@ -44,7 +50,10 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if os.environ.get("MFDIFF_DEBUG"):
                 raise
-            _stop(f"internal fault ({type(error).__name__}: {error}); set MFDIFF_DEBUG=1 for the traceback and report it", 1)
+            _stop(
+                f"internal fault ({type(error).__name__}: {error}); set MFDIFF_DEBUG=1 for the traceback and report it",
+                1,
+            )
 
     return app.command()(run)
 
@@ -63,7 +72,9 @@ def restore(
     dose_reduction: DoseReduction = 20.0,
     samples: Annotated[int, typer.Option(help="samples to average; 1 is fastest, 8 gives mean and SD")] = 8,
     steps: Annotated[int | None, typer.Option(help="sampler steps; default 6")] = None,
-    fidelity: Annotated[float | None, typer.Option(help="0 to 1, pull towards the measured LPET: more lesion contrast, more noise")] = None,
+    fidelity: Annotated[
+        float | None, typer.Option(help="0 to 1, pull towards the measured LPET: more lesion contrast, more noise")
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="weights of `train`; default: the shipped ones")] = None,
     seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
     device: Device = "auto",
@@ -77,10 +88,13 @@ def restore(
     from .scan import load_scan, save_volume, whole_file
 
     if std is not None and samples < 2:
-        raise ValueError(f"--std: expected --samples of at least 2, found {samples}; raise --samples or leave out --std")
+        raise ValueError(
+            f"--std: expected --samples of at least 2, found {samples}; raise --samples or leave out --std"
+        )
     outputs = [path for path in (out, std, report) if path is not None]
-    if len({path.resolve() for path in outputs} | {lpet.resolve(), mr.resolve()}) < len(outputs) + len({lpet.resolve(), mr.resolve()}):
-        raise ValueError(f"{out}: expected outputs that differ from each other and from the inputs; choose other names")
+    _all_different(outputs, [lpet, mr, weights])
+    if seed < 0:
+        raise ValueError(f"--seed: expected at least 0, found {seed}")
     for path in (out, std):
         if path is not None and not path.name.endswith((".nii", ".nii.gz")):
             raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
@@ -91,9 +105,12 @@ def restore(
     chosen = {"steps": steps, "fidelity": fidelity}
     began = time.monotonic()
     restored = model.restore(
-        scan, samples, seed=seed, progress=functools.partial(tqdm, desc="restoring", unit="slice", disable=None),
+        scan,
+        samples,
+        seed=seed,
+        progress=functools.partial(tqdm, desc="restoring", unit="slice", disable=None),
         **{key: value for key, value in chosen.items() if value is not None},
-    )  # fmt: skip
+    )
     seconds = time.monotonic() - began
     written = [save_volume(out, restored.mean, scan, force)]
     if std is not None:
@@ -101,7 +118,13 @@ def restore(
     if report is not None:
         from .explorer import report_html
 
-        lines = {"LPET": str(lpet), "MR": str(mr), "restored": str(out), "dose reduction": f"{dose_reduction:g}", "weights": _weights_line(model, weights)}
+        lines = {
+            "LPET": str(lpet),
+            "MR": str(mr),
+            "restored": str(out),
+            "dose reduction": f"{dose_reduction:g}",
+            "weights": _weights_line(model, weights),
+        }
         lines |= {key: str(value) for key, value in restored.settings.items()} | {"seconds": f"{seconds:.1f}"}
         with whole_file(report, force) as partial:
             partial.write_text(report_html(scan, restored, lines), encoding="utf-8")
@@ -113,6 +136,26 @@ def restore(
 
 def _weights_line(model: object, path: Path | None) -> str:
     return f"{path or 'shipped weights'} (revision {model.card.get('revision')}, {model.card.get('steps')} steps)"
+
+
+def _all_different(outputs: list[Path], inputs: list[Path | None]) -> None:
+    """Never write over an input, not even with --force."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{path}: expected outputs that differ from each other and from the inputs, found it twice; "
+                "choose another name"
+            )
+        taken.add(path.resolve())
+
+
+def _ready_for_folder(path: Path) -> None:
+    """Refuse before any work a folder that could not be made; make nothing yet."""
+    found = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not found.is_dir() or not os.access(found, os.W_OK):
+        reason = "one that is read-only" if found.is_dir() else "a file"
+        raise OSError(f"{path}: expected a folder to write into, found {reason} at {found}; choose another --out")
 
 
 def _ready_for(path: Path, force: bool) -> None:
@@ -129,7 +172,9 @@ def _ready_for(path: Path, force: bool) -> None:
 
 @_command
 def simulate(
-    out: Annotated[Path, typer.Option(help="folder for lpet, spet, mr, activity, mask, tissues, lesions (.nii.gz) and scan.json")],
+    out: Annotated[
+        Path, typer.Option(help="folder for lpet, spet, mr, activity, mask, tissues, lesions (.nii.gz) and scan.json")
+    ],
     anatomy: Annotated[str, typer.Option(help="an embedded anatomy, see `info`")] = "icbm152",
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
     dose_reduction: DoseReduction = 20.0,
@@ -153,6 +198,7 @@ def simulate(
     held = [out / f"{name}.nii.gz" for name in names if (out / f"{name}.nii.gz").exists()]
     if held and not force:
         raise FileExistsError(f"{held[0]}: exists already; choose another --out or pass --force to replace it")
+    _ready_for_folder(out)
     scanner = Scanner.shifted(shift)
     print("drawing the patient, scanning, reconstructing: a whole head takes about half a minute", file=sys.stderr)
     patient = virtual_patient(load_anatomy(anatomy), seed, shift, slices)
@@ -164,10 +210,16 @@ def simulate(
     for name in names:
         save_volume(out / f"{name}.nii.gz", getattr(scan, name), scan, force)
     note = {
-        "anatomy": anatomy, "seed": seed, "dose_reduction": dose_reduction, "shift": shift, "unit": scan.unit, "scanner": dataclasses.asdict(scanner),
-        "truth": patient.truth, "lesions": [dataclasses.asdict(one) for one in scan.lesion_table],
+        "anatomy": anatomy,
+        "seed": seed,
+        "dose_reduction": dose_reduction,
+        "shift": shift,
+        "unit": scan.unit,
+        "scanner": dataclasses.asdict(scanner),
+        "truth": patient.truth,
+        "lesions": [dataclasses.asdict(one) for one in scan.lesion_table],
         "note": "real anatomy, simulated images; teaching and research only",
-    }  # fmt: skip
+    }
     with whole_file(out / "scan.json") as partial:
         partial.write_text(json.dumps(note, indent=1) + "\n")
     print(f"wrote {', '.join(names)} (.nii.gz, {scan.lpet.shape} voxels, {scan.unit}) and scan.json to {out}")
@@ -182,18 +234,23 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the numbers as JSON")] = None,
     force: Force = False,
 ) -> None:
-    """Compare a restored PET with the standard-dose PET: PSNR, SSIM, NRMSE, activity bias; the LPET and a Gaussian beside it."""
+    """Compare a restored PET with the standard-dose PET: PSNR, SSIM, NRMSE, activity bias; the LPET and a Gaussian
+    beside it."""
     import numpy as np
 
     from .evaluation import brain_mask, compare
     from .scan import load_scan, load_volume, whole_file
 
     if json_out is not None:
+        _all_different([json_out], [lpet, spet, restored, mask])
         _ready_for(json_out, force)
     scan = load_scan(lpet, spet_path=spet, mask_path=mask)
     image, affine = load_volume(restored)
     if image.shape != scan.lpet.shape or not np.allclose(affine, scan.affine, atol=1e-2):
-        raise ValueError(f"{restored}: expected the grid of {lpet}, {scan.lpet.shape}, found {image.shape} or another affine; restore that LPET again")
+        raise ValueError(
+            f"{restored}: expected the grid of {lpet}, {scan.lpet.shape}, found {image.shape} or another affine; "
+            "restore that LPET again"
+        )
     if not np.isfinite(image).all():
         raise ValueError(f"{restored}: expected finite values, found NaN or infinite voxels; restore it again")
     if not brain_mask(scan).any():
@@ -203,8 +260,14 @@ def evaluate(
     table.title = f"{scan.name}, against SPET"
     print(table)
     if json_out is not None:
+        images = {
+            name: {k: v if np.isfinite(v) else None for k, v in row.items()} for name, row in table.rows.items()
+        }  # JSON has no infinity
         with whole_file(json_out, force) as partial:
-            partial.write_text(json.dumps({"mask": str(mask or "rough, from the LPET"), "against": "spet", "images": table.rows}, indent=1) + "\n")
+            partial.write_text(
+                json.dumps({"mask": str(mask or "rough, from the LPET"), "against": "spet", "images": images}, indent=1)
+                + "\n"
+            )
 
 
 @_command
@@ -212,7 +275,9 @@ def train(
     out: Annotated[Path, typer.Option(help="folder for checkpoints and the final weights")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value …, replacing values of the profile")] = None,
     profile: Annotated[str, typer.Option(help="smoke (seconds), cpu (an afternoon), gpu")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out, to the same weights as an uncut run")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the checkpoint in --out, to the same weights as an uncut run")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Train stage 1 on the simulated cohort (made first, and cached)."""
@@ -226,23 +291,33 @@ def train(
     if wrong:
         raise ValueError(f"{wrong[0]}: expected key=value, found no '='; see `train --help`")
     chosen = load_profile(profile, **{key: value for key, _, value in pairs})
-    _ready_for(out / "x", True) if out.is_dir() else out.mkdir(parents=True, exist_ok=True)
+    _ready_for_folder(out)
     bar = None
     try:
         for state in train_stage1(chosen, out, resume, device):
             bar = bar or tqdm(total=state.steps, initial=state.step - 1, desc="stage 1", unit="step", mininterval=1)
             bar.update()
             loss = " ".join(f"{key} {value:.3f}" for key, value in state.loss.items())
-            psnr = f", validation {state.curve[-1]['mean']:.2f} dB (LPET {state.curve[-1]['lpet']:.2f})" if state.curve else ""
+            psnr = (
+                f", validation {state.curve[-1]['mean']:.2f} dB (LPET {state.curve[-1]['lpet']:.2f})"
+                if state.curve
+                else ""
+            )
             bar.set_postfix_str(loss + psnr, refresh=False)
             if state.validation:
                 tqdm.write(f"step {state.step}: {json.dumps(state.validation)}", file=sys.stderr)
     except KeyboardInterrupt:
-        _stop(f"stopped by Ctrl-C after the step; go on with: python -m mfdiff_lite train --profile {profile} --out {out} --resume", 130)
+        again = " ".join(
+            ["python -m mfdiff_lite train", *(settings or []), f"--profile {profile} --out {out} --resume"]
+        )
+        _stop(f"stopped by Ctrl-C after the step; go on with: {again}", 130)
     finally:
         if bar is not None:
             bar.close()
-    print(f"wrote {out / WEIGHTS} and its card {(out / WEIGHTS).with_suffix('.json').name}; use it with: restore --weights {out / WEIGHTS}")
+    print(
+        f"wrote {out / WEIGHTS} and its card {(out / WEIGHTS).with_suffix('.json').name}; "
+        f"use it with: restore --weights {out / WEIGHTS}"
+    )
 
 
 @_command
@@ -258,10 +333,16 @@ def info() -> None:
     print(f"mfdiff_lite {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "nibabel", "scikit-image", "accelerate")))
     device = pick_device()
-    print(f"device: {device}" + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"))
+    print(
+        f"device: {device}"
+        + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f", {torch.get_num_threads()} threads")
+    )
     print(f"anatomies: {', '.join(list_anatomies())}")
     cohorts = sorted(cache_folder().glob("cohort-*"))
-    print(f"cache: {cache_folder()}, {len(cohorts)} cohorts (delete the folder to free the space; set MFDIFF_CACHE to move it)")
+    print(
+        f"cache: {cache_folder()}, {len(cohorts)} cohorts (delete the folder to free the space; "
+        "set MFDIFF_CACHE to move it)"
+    )
     model = load_pretrained("cpu")
     card = {key: value for key, value in model.card.items() if key not in ("validation_psnr_db", "profile")}
     print(f"shipped weights: {json.dumps(card, indent=1)}")

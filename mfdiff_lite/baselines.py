@@ -1,4 +1,5 @@
-"""What a restoration has to beat. Each baseline is tuned on validation patients by `tune_gaussian` or the like, never on test patients."""
+"""What a restoration has to beat. Each baseline is tuned on validation patients by `tune_gaussian` or the like, never
+on test patients."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ GAUSSIAN_FWHM = 4.5  # mm; best on validation patients at the default scanner an
 
 def gaussian(lpet: np.ndarray, voxel_size: tuple[float, ...], fwhm: float = GAUSSIAN_FWHM) -> np.ndarray:
     """The classic: a 3-D Gaussian filter of `fwhm` [mm]. lpet: (X, Y, Z) activity."""
-    return ndimage.gaussian_filter(lpet, [0 if n == 1 else fwhm / 2.355 / v for n, v in zip(lpet.shape, voxel_size, strict=True)], mode="nearest")
+    return ndimage.gaussian_filter(
+        lpet, [0 if n == 1 else fwhm / 2.355 / v for n, v in zip(lpet.shape, voxel_size, strict=True)], mode="nearest"
+    )
 
 
 def tune_gaussian(scans: list[Scan], widths: np.ndarray | None = None) -> float:

@@ -31,8 +31,12 @@ from .scan import ActivityScale, scale_mr, whole_file
 from .scanner import Scanner
 
 SCANNER_RANGES = {
-    "psf_fwhm": (3.0, 6.5), "contamination": (0.25, 0.6), "trues_per_mm3": (20.0, 100.0), "iterations": (1.6, 6.4), "post_filter": (0.0, 5.0),
-}  # fmt: skip
+    "psf_fwhm": (3.0, 6.5),
+    "contamination": (0.25, 0.6),
+    "trues_per_mm3": (20.0, 100.0),
+    "iterations": (1.6, 6.4),
+    "post_filter": (0.0, 5.0),
+}
 
 
 def cache_folder() -> Path:
@@ -42,20 +46,25 @@ def cache_folder() -> Path:
 
 
 def random_scanner(rng: np.random.Generator) -> Scanner:
-    """A scanner and reconstruction drawn from SCANNER_RANGES; half of them without post-filter, one in five without resolution recovery."""
+    """A scanner and reconstruction drawn from SCANNER_RANGES; half of them without post-filter, one in five without
+    resolution recovery."""
     low, high = (np.array([r[i] for r in SCANNER_RANGES.values()], float) for i in (0, 1))
     psf, contamination, trues, iterations, post_filter = rng.uniform(low, high)
     return Scanner(
-        psf_fwhm=psf, contamination=contamination, trues_per_mm3=trues, iterations=round(iterations), model_psf=bool(rng.random() > 0.2),
+        psf_fwhm=psf,
+        contamination=contamination,
+        trues_per_mm3=trues,
+        iterations=round(iterations),
+        model_psf=bool(rng.random() > 0.2),
         post_filter=post_filter if rng.random() < 0.5 else 0.0,
-    )  # fmt: skip
+    )
 
 
 @dataclass(eq=False)
 class Cohort:
-    """Slabs of scaled slices in memory. lpet: (patients, doses, Z, X, Y) float16 in units of the LPET's brain mean; mr: (patients, Z, X, Y),
-    spet: like lpet (the same SPET in each LPET's unit); weight: (patients, Z, X, Y) uint8, 0 air, 1 brain, 2 lesion with uptake;
-    dose: (patients, doses)."""
+    """Slabs of scaled slices in memory. lpet: (patients, doses, Z, X, Y) float16 in units of the LPET's brain mean; mr:
+    (patients, Z, X, Y), spet: like lpet (the same SPET in each LPET's unit); weight: (patients, Z, X, Y) uint8, 0 air,
+    1 brain, 2 lesion with uptake; dose: (patients, doses)."""
 
     lpet: np.ndarray
     mr: np.ndarray
@@ -68,21 +77,38 @@ class Cohort:
 def make_cohort(profile: Profile, part: str = "train", workers: int | None = None) -> Cohort:
     """The training or validation cohort of a profile: made once, then read from the cache.
 
-    The key of the cache holds the settings and the source of everything that makes the data; a change of either makes a new cohort. Patients
-    are written one by one and whole, so an interrupted build goes on where it stopped. Raises OSError if the cache cannot be written.
+    The key of the cache holds the settings and the source of everything that makes the data; a change of either makes a
+    new cohort. Patients are written one by one and whole, so an interrupted build goes on where it stopped. Raises
+    OSError if the cache cannot be written.
     """
     anatomies = {"train": TRAIN_ANATOMIES, "validation": VALIDATION_ANATOMIES}[part]
     count = {"train": profile.patients, "validation": profile.validation_patients}[part]
-    settings = {"part": part, "slab": profile.slab, "doses": profile.doses, "dose_range": profile.dose_range, "seed": profile.seed}
+    settings = {
+        "part": part,
+        "slab": profile.slab,
+        "doses": profile.doses,
+        "dose_range": profile.dose_range,
+        "seed": profile.seed,
+    }
+    settings["anatomies"] = anatomies
     folder = cache_folder() / f"cohort-{_key(settings)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(settings, indent=1))
     except OSError as error:
-        raise OSError(f"{folder}: expected a writable cache, found {error.strerror}; set MFDIFF_CACHE to a folder you can write") from None
+        raise OSError(
+            f"{folder}: expected a writable cache, found {error.strerror}; set MFDIFF_CACHE to a folder you can write"
+        ) from None
     jobs = [(folder / f"patient-{i:05d}.npz", anatomies[i % len(anatomies)], i, settings) for i in range(count)]
     missing = [job for job in jobs if not job[0].exists()]
-    for _ in tqdm(_mapped(missing, workers), total=len(missing), desc=f"{part} cohort", unit="patient", disable=not missing, file=sys.stdout):
+    for _ in tqdm(
+        _mapped(missing, workers),
+        total=len(missing),
+        desc=f"{part} cohort",
+        unit="patient",
+        disable=not missing,
+        file=sys.stdout,
+    ):
         pass
     patients = [_read_patient(job) for job in jobs]
     return Cohort(*(np.stack([p[k] for p in patients]) for k in ("lpet", "mr", "spet", "weight", "dose")), folder)
@@ -107,7 +133,7 @@ def _mapped(jobs: list, workers: int | None) -> Iterator[None]:
 def _read_patient(job: tuple) -> dict[str, np.ndarray]:
     for attempt in range(2):
         try:
-            with np.load(job[0], allow_pickle=False) as stored:
+            with job[0].open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 return dict(stored)
         except Exception:  # a damaged cache file is made again, once
             if attempt:
@@ -129,7 +155,7 @@ def _make_patient(job: tuple[Path, str, int, dict]) -> None:
     lpets = [scanner.reconstruct(standard.thin(dose, int(rng.integers(2**31)))) for dose in doses]
     scales = [ActivityScale(lpet, (2.0, 2.0, 2.0)) for lpet in lpets]
     with_uptake = [lesion.label for lesion in patient.lesion_table if lesion.kind != "mr-only"]
-    weight = patient.mask.astype(np.uint8) + np.isin(patient.lesions, with_uptake)
+    weight = np.where(np.isin(patient.lesions, with_uptake), 2, patient.mask).astype(np.uint8)
 
     def slices(volumes: list[np.ndarray]) -> np.ndarray:
         return np.ascontiguousarray(np.moveaxis(np.stack(volumes), -1, -3)).astype(np.float16)
@@ -146,7 +172,8 @@ def _make_patient(job: tuple[Path, str, int, dict]) -> None:
 
 
 class SliceDataset:
-    """Batches of 2.5-D training slices from a cohort; batch number `step` is always the same, so a resumed run sees what an uncut one sees."""
+    """Batches of 2.5-D training slices from a cohort; batch number `step` is always the same, so a resumed run sees
+    what an uncut one sees."""
 
     def __init__(self, cohort: Cohort, profile: Profile, augment: bool = True):
         self.cohort, self.profile, self.augment = cohort, profile, augment
@@ -166,13 +193,22 @@ class SliceDataset:
         weight, mr = c.weight[patient, z : z + 1], c.mr[patient, near].astype(np.float32)
         if self.augment:
             mr = self._disturbed(mr, rng)
-        x, y = ((n - crop) // 2 + (int(rng.integers(-8, 9)) if self.augment and crop <= 112 else 0) for n in lpet.shape[1:])
+        x, y = (
+            (n - crop) // 2 + (int(rng.integers(-8, 9)) if self.augment and crop <= 112 else 0) for n in lpet.shape[1:]
+        )
         cut = (slice(None), slice(x, x + crop), slice(y, y + crop))
         gain = np.exp(rng.normal(0, 0.07)) if self.augment else 1.0
-        item = {"lpet": lpet[cut] * gain, "mr": mr[cut], "spet": spet[cut] * gain, "weight": self._loss_weight(weight[cut])}
+        item = {
+            "lpet": lpet[cut] * gain,
+            "mr": mr[cut],
+            "spet": spet[cut] * gain,
+            "weight": self._loss_weight(weight[cut]),
+        }
         if self.augment and rng.random() < 0.5:
             item = {key: value[:, ::-1] for key, value in item.items()}
-        return {k: np.ascontiguousarray(v, np.float32) for k, v in item.items()} | {"dose": np.float32(c.dose[patient, dose])}
+        return {k: np.ascontiguousarray(v, np.float32) for k, v in item.items()} | {
+            "dose": np.float32(c.dose[patient, dose])
+        }
 
     def _loss_weight(self, kind: np.ndarray) -> np.ndarray:
         return np.array([0.2, 1.0, 1.0 + self.profile.lesion_weight], np.float32)[kind]

@@ -1,4 +1,5 @@
-"""Profiles: one frozen set of numbers for each size of run. An unknown key or a wrong type is an error, never a silent default."""
+"""Profiles: one frozen set of numbers for each size of run. An unknown key or a wrong type is an error, never a silent
+default."""
 
 from __future__ import annotations
 
@@ -42,32 +43,69 @@ class Profile:
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
-        for key in ("patients", "validation_patients", "slab", "doses", "steps", "batch", "validate_every", "checkpoint_every"):
+        for key in (
+            "patients",
+            "validation_patients",
+            "slab",
+            "doses",
+            "steps",
+            "batch",
+            "validate_every",
+            "checkpoint_every",
+        ):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: expected at least 1, found {getattr(self, key)}")
         if not 1 <= self.dose_range[0] <= self.dose_range[1] < float("inf"):
-            raise ValueError(f"dose_range: expected lowest,highest dose-reduction factor, each at least 1, found {self.dose_range}")
+            raise ValueError(
+                f"dose_range: expected lowest,highest dose-reduction factor, each at least 1, found {self.dose_range}"
+            )
         if self.crop % 32 or not 32 <= self.crop <= 128:
             raise ValueError(f"crop: expected a multiple of 32 from 32 to 128, found {self.crop}")
         if self.context % 2 == 0 or not 1 <= self.context <= self.slab:
-            raise ValueError(f"context: expected an odd number of slices, at most slab = {self.slab}, found {self.context}")
+            raise ValueError(
+                f"context: expected an odd number of slices, at most slab = {self.slab}, found {self.context}"
+            )
 
 
 PROFILES = {
     "smoke": Profile(
-        "smoke", patients=2, validation_patients=1, slab=4, doses=1, fusion_widths=(8, 16, 32), denoiser_widths=(8, 16, 32), steps=40,
-        batch=4, crop=96, warmup=10, ema=0.9, validate_every=20, checkpoint_every=20,
+        "smoke",
+        patients=2,
+        validation_patients=1,
+        slab=4,
+        doses=1,
+        fusion_widths=(8, 16, 32),
+        denoiser_widths=(8, 16, 32),
+        steps=40,
+        batch=4,
+        crop=96,
+        warmup=10,
+        ema=0.9,
+        validate_every=20,
+        checkpoint_every=20,
     ),
     "cpu": Profile("cpu"),
     "gpu": Profile(
-        "gpu", patients=2000, validation_patients=12, slab=24, doses=3, fusion_widths=(96, 192, 384), denoiser_widths=(96, 192, 384),
-        steps=100_000, batch=32, learning_rate=4e-4, ema=0.9995, validate_every=1000, checkpoint_every=1000,
+        "gpu",
+        patients=2000,
+        validation_patients=12,
+        slab=24,
+        doses=3,
+        fusion_widths=(96, 192, 384),
+        denoiser_widths=(96, 192, 384),
+        steps=100_000,
+        batch=32,
+        learning_rate=4e-4,
+        ema=0.9995,
+        validate_every=1000,
+        checkpoint_every=1000,
     ),
-}  # fmt: skip
+}
 
 
 def load_profile(name: str, /, **overrides: object) -> Profile:
-    """A named profile with single values replaced: `load_profile("cpu", steps=100)`; strings are parsed ("steps": "100").
+    """A named profile with single values replaced: `load_profile("cpu", steps=100)`; strings are parsed ("steps":
+    "100").
 
     Raises ValueError for an unknown profile or key, or a value of the wrong type.
     """

@@ -1,7 +1,7 @@
 """From images to tables: one case (`compare`), or a model on many patients with confidence intervals (`evaluate`).
 
-Two references, never mixed: "SPET" (what a scanner would have shown, itself noisy) and "truth" (the phantom's activity, which even a perfect
-scanner blurs). All numbers are on the brain mask, in activity units.
+Two references, never mixed: "SPET" (what a scanner would have shown, itself noisy) and "truth" (the phantom's activity,
+which even a perfect scanner blurs). All numbers are on the brain mask, in activity units.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from .baselines import gaussian
 from .scan import ActivityScale, Scan
 
 COLUMNS = {
-    "psnr": "PSNR [dB]", "ssim": "SSIM", "nrmse": "NRMSE", "activity_bias": "activity bias", "contrast_kept": "PET-only contrast kept",
+    "psnr": "PSNR [dB]",
+    "ssim": "SSIM",
+    "nrmse": "NRMSE",
+    "activity_bias": "activity bias",
+    "contrast_kept": "PET-only contrast kept",
     "mr_leak": "MR leak",
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -35,22 +39,32 @@ class Table:
         keys = [key for key in COLUMNS if any(key in row for row in self.rows.values())]
         lines = [[self.title, *(COLUMNS[key] for key in keys)]]
         for name, row in self.rows.items():
-            lines.append([name, *(_written(key, row.get(key, float("nan"))) for key in keys)])
+            lines.append([name, *(written(key, row.get(key, float("nan"))) for key in keys)])
         return lines
 
     def __str__(self) -> str:
         cells = self._cells()
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        text = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+        text = [
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in cells
+        ]
         return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
     def _repr_html_(self) -> str:
         head, *body = ([html.escape(c) for c in line] for line in self._cells())
-        rows = "".join("<tr>" + f"<th style='text-align:left'>{line[0]}</th>" + "".join(f"<td>{c}</td>" for c in line[1:]) + "</tr>" for line in body)
+        rows = "".join(
+            "<tr>"
+            + f"<th style='text-align:left'>{line[0]}</th>"
+            + "".join(f"<td>{c}</td>" for c in line[1:])
+            + "</tr>"
+            for line in body
+        )
         return "<table><tr>" + "".join(f"<th>{c}</th>" for c in head) + f"</tr>{rows}</table>"
 
 
-def _written(key: str, value: float) -> str:
+def written(key: str, value: float) -> str:
+    """A value of the column `key` as text, with its unit where the column's title has none."""
     if not np.isfinite(value):
         return "-" if np.isnan(value) else "inf"
     return {"psnr": f"{value:.2f}", "activity_bias": f"{100 * value:+.1f} %"}.get(key, f"{value:.3f}")
@@ -74,11 +88,14 @@ def brain_mask(scan: Scan) -> np.ndarray:
 def compare(scan: Scan, restored: Any, against: str = "spet") -> Table:
     """One case as a table: LPET, Gaussian, and the restoration's coarse estimate, first sample and mean.
 
-    restored: a `Restoration`, or a dict name -> image. against: "spet" or "truth". Raises ValueError if the scan lacks that reference.
+    restored: a `Restoration`, or a dict name -> image. against: "spet" or "truth". Raises ValueError if the scan lacks
+    that reference.
     """
     reference = {"spet": scan.spet, "truth": scan.activity}.get(against)
     if reference is None:
-        raise ValueError(f"compare: expected a scan with its {against}, found none; load it with spet_path, or simulate a patient")
+        raise ValueError(
+            f"compare: expected a scan with its {against}, found none; load it with spet_path, or simulate a patient"
+        )
     images = {"LPET": scan.lpet, "Gaussian": gaussian(scan.lpet, scan.voxel_size)}
     images |= restored if isinstance(restored, dict) else _images(restored)
     mask = brain_mask(scan)
@@ -98,7 +115,8 @@ def _as_volume(image: Any) -> np.ndarray:
 
 
 def evaluate(methods: dict[str, Callable[[Scan], np.ndarray]], scans: Iterable[Scan]) -> dict[str, Any]:
-    """Methods on many scans: {"patients": [per patient {against: {method: metrics}}], "summary": {against: {method: {metric: mean and ci95}}}}.
+    """Methods on many scans: {"patients": [per patient {against: {method: metrics}}], "summary": {against: {method:
+    {metric: mean and ci95}}}}.
 
     methods: name -> function of a scan that returns an image. The confidence interval is over patients.
     """
@@ -108,9 +126,16 @@ def evaluate(methods: dict[str, Callable[[Scan], np.ndarray]], scans: Iterable[S
         references = {"spet": scan.spet, "truth": scan.activity}
         patients.append(
             {"name": scan.name}
-            | {key: {n: score(x, ref, scan.mask, scan) for n, x in images.items()} for key, ref in references.items() if ref is not None}
+            | {
+                key: {n: score(x, ref, scan.mask, scan) for n, x in images.items()}
+                for key, ref in references.items()
+                if ref is not None
+            }
         )
-    return {"patients": patients, "summary": {key: summarise([p[key] for p in patients]) for key in ("spet", "truth") if key in patients[0]}}
+    return {
+        "patients": patients,
+        "summary": {key: summarise([p[key] for p in patients]) for key in ("spet", "truth") if key in patients[0]},
+    }
 
 
 def summarise(patients: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:

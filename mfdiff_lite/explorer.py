@@ -1,4 +1,4 @@
-"""Look at a case: linked panes with sliders (`explore`), a figure for print (`figure`), a page to send (`report_html`).
+"""Look at a case: linked panes with sliders (`explore`), figures (`figure`, `panel`), a page to send (`report_html`).
 
     volumes --panes--> {name: Pane}, upright, square pixels --> render: (H, W, 3) uint8 | montage: matplotlib Figure
 
@@ -343,6 +343,34 @@ def figure(scan: Scan, restored: Any = None, n_slices: int = 3) -> Figure:
     """Montage of slices: LPET, SPET, MR, restored, difference, and the SD if there is more than one sample."""
     case, states = _for_print(scan, restored, n_slices)
     return case.montage(states)
+
+
+def panel(
+    ax: Any,
+    image: np.ndarray,
+    title: str,
+    meaning: str | None = None,
+    window: tuple[float, float] | None = None,
+    cmap: str = "gray_r",
+    voxel: float = 2.0,
+) -> Any:
+    """One axial slice (X, Y), RAS+, in radiological display on axes in mm, for figures that draw on top of it.
+
+    meaning: label of the colour bar, with its unit; None for no bar. window: (low, high), by default 0 to the 99.8th
+    percentile. voxel: mm. Returns the drawn image.
+    """
+    half_x, half_y = (n * voxel / 2 for n in image.shape)
+    low, high = window or (0, float(np.percentile(image, 99.8)))
+    extent = (-half_x, half_x, -half_y, half_y)
+    drawn = ax.imshow(image.T, cmap, vmin=low, vmax=high, origin="lower", extent=extent, interpolation="nearest")
+    ax.set(title=title, xlim=(88, -88), ylim=(-104, 104), xticks=[], yticks=[], facecolor=drawn.cmap(drawn.norm(0)))
+    ax.spines[:].set_visible(False)
+    for side, x in (("R", 0.02), ("L", 0.93)):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.text(x, 0.5, side, transform=ax.transAxes, fontsize=8, va="center", bbox=box)
+    if meaning:
+        ax.figure.colorbar(drawn, ax=ax, location="bottom", shrink=0.8).set_label(meaning, fontsize=8)
+    return drawn
 
 
 def report_html(scan: Scan, restored: Any, lines: dict[str, str]) -> str:

@@ -1,4 +1,5 @@
-"""What the numbers mean. Every function takes activity in units (never rescaled) and an explicit reference; nothing is fitted to the target.
+"""What the numbers mean. Every function takes activity in units (never rescaled) and an explicit reference; nothing is
+fitted to the target.
 
 x: the image under test, reference: SPET or truth, both (X, Y, Z); mask: bool, the brain.
 """
@@ -13,7 +14,8 @@ from .scan import Lesion
 
 
 def peak(reference: np.ndarray, mask: np.ndarray) -> float:
-    """The fixed peak of one subject: the 99.9th percentile of the reference in the mask (not a maximum, and never of the tested image)."""
+    """The fixed peak of one subject: the 99.9th percentile of the reference in the mask (not a maximum, and never of
+    the tested image)."""
     return float(np.percentile(reference[mask], 99.9))
 
 
@@ -25,17 +27,25 @@ def psnr(x: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
 
 def nrmse(x: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
     """||x - r|| / ||r|| in the mask."""
-    return float(np.linalg.norm(x[mask].astype(float) - reference[mask]) / np.linalg.norm(reference[mask].astype(float)))
+    return float(
+        np.linalg.norm(x[mask].astype(float) - reference[mask]) / np.linalg.norm(reference[mask].astype(float))
+    )
 
 
 def ssim(x: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
-    """Structural similarity, Gaussian window of SD 1.5 pixels, data range = peak, on whole axial slices, averaged in the mask (Wang 2004)."""
+    """Structural similarity, Gaussian window of SD 1.5 pixels, data range = peak, on whole axial slices, averaged in
+    the mask (Wang 2004)."""
     total, data_range = 0.0, peak(reference, mask)
     for z in np.flatnonzero(mask.any((0, 1))):
         _, image = structural_similarity(
-            x[..., z].astype(float), reference[..., z].astype(float), data_range=data_range, gaussian_weights=True, sigma=1.5,
-            use_sample_covariance=False, full=True,
-        )  # fmt: skip
+            x[..., z].astype(float),
+            reference[..., z].astype(float),
+            data_range=data_range,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            full=True,
+        )
         total += float(image[mask[..., z]].sum())
     return total / float(mask.sum())
 
@@ -46,7 +56,8 @@ def activity_bias(x: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> flo
 
 
 def lesion_contrast(x: np.ndarray, lesions: np.ndarray, label: int, brain: np.ndarray) -> float:
-    """a / b - 1: mean in the lesion over mean in the ring round it (2 to 8 mm away at 2 mm voxels, brain only, other lesions left out)."""
+    """a / b - 1: mean in the lesion over mean in the ring round it (2 to 8 mm away at 2 mm voxels, brain only, other
+    lesions left out)."""
     where = np.argwhere(lesions == label)
     low, high = np.maximum(where.min(0) - 6, 0), where.max(0) + 7
     near = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
@@ -59,21 +70,36 @@ def lesion_contrast(x: np.ndarray, lesions: np.ndarray, label: int, brain: np.nd
 
 
 def contrast_kept(
-    x: np.ndarray, reference: np.ndarray, lesions: np.ndarray, table: tuple[Lesion, ...], brain: np.ndarray, kind: str = "pet-only"
+    x: np.ndarray,
+    reference: np.ndarray,
+    lesions: np.ndarray,
+    table: tuple[Lesion, ...],
+    brain: np.ndarray,
+    kind: str = "pet-only",
 ) -> float:
-    """How much of the reference's lesion contrast x shows: slope of contrast in x on contrast in the reference, over the lesions of a kind.
+    """How much of the reference's lesion contrast x shows: slope of contrast in x on contrast in the reference, over
+    the lesions of a kind.
 
-    1 keeps all, 0 none. A slope through the origin, because single ratios explode for lesions of almost no contrast. NaN without lesions.
+    1 keeps all, 0 none. A slope through the origin, because single ratios explode for lesions of almost no contrast.
+    NaN without lesions.
     """
-    pairs = [[lesion_contrast(image, lesions, one.label, brain) for image in (x, reference)] for one in table if one.kind == kind]
+    pairs = [
+        [lesion_contrast(image, lesions, one.label, brain) for image in (x, reference)]
+        for one in table
+        if one.kind == kind
+    ]
     pairs = np.array([p for p in pairs if np.isfinite(p).all()]).reshape(-1, 2)
     return float(pairs.prod(1).sum() / (pairs[:, 1] ** 2).sum()) if len(pairs) else float("nan")
 
 
-def mr_leak(x: np.ndarray, reference: np.ndarray, lesions: np.ndarray, table: tuple[Lesion, ...], brain: np.ndarray) -> float:
+def mr_leak(
+    x: np.ndarray, reference: np.ndarray, lesions: np.ndarray, table: tuple[Lesion, ...], brain: np.ndarray
+) -> float:
     """False contrast at MR-only lesions: mean |contrast in x - contrast in the reference|. NaN without such lesions."""
     differences = [
-        lesion_contrast(x, lesions, one.label, brain) - lesion_contrast(reference, lesions, one.label, brain) for one in table if one.kind == "mr-only"
+        lesion_contrast(x, lesions, one.label, brain) - lesion_contrast(reference, lesions, one.label, brain)
+        for one in table
+        if one.kind == "mr-only"
     ]
     differences = np.abs([d for d in differences if np.isfinite(d)])
     return float(differences.mean()) if len(differences) else float("nan")

@@ -1,11 +1,14 @@
-"""Virtual patients: a real anatomy and a seed become a head with uptake, lesions and an MR, that nobody was irradiated for.
+"""Virtual patients: a real anatomy and a seed become a head with uptake, lesions and an MR, that nobody was irradiated
+for.
 
-Everything that PET and MR do not share in life is drawn independently here (regional uptake, lesions of one modality, bias field,
-resolution), because a phantom whose two images are painted from the same labels flatters every method that looks at the MR.
+Everything that PET and MR do not share in life is drawn independently here (regional uptake, lesions of one modality,
+bias field, resolution), because a phantom whose two images are painted from the same labels flatters every method that
+looks at the MR.
 
-Volumes are (128, 128, Z) at 2 mm, RAS+. Each voxel averages 2 x 2 x 2 samples of the 1 mm labels: that is its partial volume.
-Values and their sources: FDG grey : white : CSF 4 : 1 : 0.05 (Schramm); T1 and T2 signals, lesion contrasts and sizes, attenuation at
-511 keV as in FBSEM and casperdcl/brainweb. Ranges are wider than life on purpose: see `Randomisation`.
+Volumes are (128, 128, Z) at 2 mm, RAS+. Each voxel averages 2 x 2 x 2 samples of the 1 mm labels: that is its partial
+volume. Values and their sources: FDG grey : white : CSF 4 : 1 : 0.05 (Schramm); T1 and T2 signals, lesion contrasts and
+sizes, attenuation at 511 keV as in FBSEM and casperdcl/brainweb. Ranges are wider than life on purpose: see
+`Randomisation`.
 """
 
 from __future__ import annotations
@@ -78,8 +81,8 @@ def shift_settings(shift: str | None) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class VirtualPatient:
-    """activity [kBq/mL], attenuation [1/cm], mr [arbitrary]: (128, 128, Z) float32; mask: brain; tissues: 1 grey, 2 white, 3 CSF;
-    lesions: 0 or `Lesion.label`; truth: the settings drawn for this patient."""
+    """activity [kBq/mL], attenuation [1/cm], mr [arbitrary]: (128, 128, Z) float32; mask: brain; tissues: 1 grey, 2
+    white, 3 CSF; lesions: 0 or `Lesion.label`; truth: the settings drawn for this patient."""
 
     activity: np.ndarray
     attenuation: np.ndarray
@@ -109,8 +112,10 @@ def virtual_patient(
     rng = np.random.default_rng([seed, *anatomy.name.encode()])
     labels, points, affine = _posed_labels(anatomy, ranges, slices, rng)
     fractions = {
-        "grey": _to_voxels((labels > 0) & (labels < WHITE)), "white": _to_voxels(labels == WHITE), "csf": _to_voxels(labels == CSF),
-    }  # fmt: skip
+        "grey": _to_voxels((labels > 0) & (labels < WHITE)),
+        "white": _to_voxels(labels == WHITE),
+        "csf": _to_voxels(labels == CSF),
+    }
     brain = sum(fractions.values())
     fractions |= _envelope(brain, rng)
     mask = fractions["grey"] + fractions["white"] > 0.5
@@ -120,13 +125,23 @@ def virtual_patient(
     mr = _mr_signal(anatomy, points, fractions, brain, ranges, rng)
     lesions, table, uptake, mr = _add_lesions(mask, tissues, uptake, mr, levels, ranges, rng)
     return VirtualPatient(
-        activity=uptake.astype(np.float32), attenuation=_attenuation(fractions, brain), mr=_mr_image(mr, brain, ranges, rng),
-        mask=mask, tissues=tissues, lesions=lesions, lesion_table=table, affine=affine, seed=seed, name=f"{anatomy.name}-{seed}", truth=levels,
-    )  # fmt: skip
+        activity=uptake.astype(np.float32),
+        attenuation=_attenuation(fractions, brain),
+        mr=_mr_image(mr, brain, ranges, rng),
+        mask=mask,
+        tissues=tissues,
+        lesions=lesions,
+        lesion_table=table,
+        affine=affine,
+        seed=seed,
+        name=f"{anatomy.name}-{seed}",
+        truth=levels,
+    )
 
 
 def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], length: float, voxel: float = VOXEL) -> np.ndarray:
-    """A random field of mean 0 and SD about 1 with correlation length `length` [mm]: coarse normal noise, cubic interpolation."""
+    """A random field of mean 0 and SD about 1 with correlation length `length` [mm]: coarse normal noise, cubic
+    interpolation."""
     coarse = [int(np.ceil(n * voxel / length)) + 3 for n in shape]
     knots = ndimage.spline_filter(rng.standard_normal(coarse), order=3, mode="nearest").astype(np.float32)
     axes = [1 + rng.random() + np.arange(n) * voxel / length for n in shape]
@@ -139,7 +154,9 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], length: float
 def _spline_along(knots: np.ndarray, axis: int, position: np.ndarray) -> np.ndarray:
     low = np.floor(position).astype(int)
     f = position - low
-    weights = np.stack([(1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3]) / 6  # cubic B-spline
+    weights = (
+        np.stack([(1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3]) / 6
+    )  # cubic B-spline
     taps = np.clip(low[None, :] + np.arange(-1, 3)[:, None], 0, knots.shape[axis] - 1)
     matrix = np.zeros((len(position), knots.shape[axis]), np.float32)
     np.add.at(matrix, (np.arange(len(position))[None, :].repeat(4, 0), taps), weights)
@@ -147,13 +164,18 @@ def _spline_along(knots: np.ndarray, axis: int, position: np.ndarray) -> np.ndar
 
 
 def _posed_labels(anatomy: Anatomy, ranges: Randomisation, slices: int | None, rng: np.random.Generator):
-    """The deformed anatomy on a 1 mm grid, (256, 256, 2 Z) labels, with the sampled voxel coordinates and the affine of the 2 mm grid."""
-    extent = np.array([np.flatnonzero((anatomy.labels > 0).any(axis=tuple({0, 1, 2} - {a})))[[0, -1]] for a in range(3)]).astype(float)
+    """The deformed anatomy on a 1 mm grid, (256, 256, 2 Z) labels, with the sampled voxel coordinates and the affine of
+    the 2 mm grid."""
+    extent = np.array(
+        [np.flatnonzero((anatomy.labels > 0).any(axis=tuple({0, 1, 2} - {a})))[[0, -1]] for a in range(3)]
+    ).astype(float)
     centre = extent.mean(1)
     extent[2, 0] += LOWEST * (extent[2, 1] - extent[2, 0])
     height = int(np.ceil((extent[2, 1] - extent[2, 0]) * 1.08 / VOXEL)) + 1
     count = height if slices is None else min(slices, height)
-    first = 0 if slices is None else int(rng.integers(0, max(1, height - count - 5)))  # leave out the very top, where little brain is
+    first = (
+        0 if slices is None else int(rng.integers(0, max(1, height - count - 5)))
+    )  # leave out the very top, where little brain is
     shape = (MATRIX * 2, MATRIX * 2, count * 2)
     axes = [np.arange(n, dtype=np.float32) - (n - 1) / 2 for n in shape]
     axes[2] += 2 * (first + count / 2 - height / 2) + extent[2].mean() - centre[2]
@@ -198,14 +220,18 @@ def _to_voxels(fine: np.ndarray) -> np.ndarray:
 
 def _envelope(brain: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Outer CSF, skull and scalp as shells round the brain, of slowly varying thickness; fractions in [0, 1]."""
-    closed = ndimage.binary_closing(np.pad(brain > 0.3, ((0, 0), (0, 0), (4, 4)), mode="edge"), iterations=4)[..., 4:-4] | (brain > 0.3)
+    closed = ndimage.binary_closing(np.pad(brain > 0.3, ((0, 0), (0, 0), (4, 4)), mode="edge"), iterations=4)[
+        ..., 4:-4
+    ] | (brain > 0.3)
     distance = ndimage.distance_transform_edt(~closed) * VOXEL if closed.any() else np.full(brain.shape, 1e3)
     wobble = np.exp(0.15 * smooth_field(rng, brain.shape, 50.0))
     edges = np.cumsum([rng.uniform(0.5, 3.0), rng.uniform(4.0, 8.0), rng.uniform(3.0, 7.0)])
     inside = [np.clip((edge * wobble - distance) / VOXEL + 0.5, 0, 1) for edge in edges]
     outer_csf, skull, scalp = (
-        np.clip(inside[0] - brain, 0, 1), np.clip(inside[1] - np.maximum(inside[0], brain), 0, 1), np.clip(inside[2] - inside[1], 0, 1),
-    )  # fmt: skip
+        np.clip(inside[0] - brain, 0, 1),
+        np.clip(inside[1] - np.maximum(inside[0], brain), 0, 1),
+        np.clip(inside[2] - inside[1], 0, 1),
+    )
     return {"outer_csf": outer_csf, "bone": skull, "scalp": scalp}
 
 
@@ -262,7 +288,11 @@ def _add_lesions(mask, tissues, uptake, mr, levels, ranges, rng):
         distance = np.sqrt(sum((stretch[a] * (grid[a][near] - centre[a]) * VOXEL) ** 2 for a in range(3)))
         inside = np.clip((radius - distance) / VOXEL + 0.5, 0, 1)
         if kind != "mr-only":
-            value = levels["grey"] * rng.uniform(*ranges.hot_to_grey) if hot else levels["white"] * rng.uniform(*ranges.cold_to_white)
+            value = (
+                levels["grey"] * rng.uniform(*ranges.hot_to_grey)
+                if hot
+                else levels["white"] * rng.uniform(*ranges.cold_to_white)
+            )
             uptake[near] += inside * (value - uptake[near])
         if kind != "pet-only":
             low, high = ranges.mr_lesion
@@ -278,7 +308,8 @@ def _add_lesions(mask, tissues, uptake, mr, levels, ranges, rng):
 
 
 def _mr_signal(anatomy, points, fractions, brain, ranges, rng) -> np.ndarray:
-    """Noise-free MR signal: tissue signals with partial volume and some texture, or the anatomy's own T1 where it has one."""
+    """Noise-free MR signal: tissue signals with partial volume and some texture, or the anatomy's own T1 where it has
+    one."""
     if anatomy.t1 is not None and ranges.mr_contrast in ("any", "t1") and rng.random() < 0.5:
         return _to_voxels(_nearest(anatomy.t1, points).astype(np.float32))
     draw = rng.random() if ranges.mr_contrast == "any" else {"t1": 0.0, "t2": 0.8}[ranges.mr_contrast]
@@ -289,7 +320,12 @@ def _mr_signal(anatomy, points, fractions, brain, ranges, rng) -> np.ndarray:
     shape = brain.shape
     texture = {name: np.exp(0.04 * smooth_field(rng, shape, 12.0)) for name in ("grey", "white")}
     image = sum(fractions[name] * signal[name] * texture.get(name, 1) for name in ("grey", "white", "csf"))
-    return image + fractions["outer_csf"] * signal["csf"] + fractions["bone"] * signal["bone"] + fractions["scalp"] * signal["scalp"]
+    return (
+        image
+        + fractions["outer_csf"] * signal["csf"]
+        + fractions["bone"] * signal["bone"]
+        + fractions["scalp"] * signal["scalp"]
+    )
 
 
 def _mr_image(signal: np.ndarray, brain: np.ndarray, ranges: Randomisation, rng: np.random.Generator) -> np.ndarray:

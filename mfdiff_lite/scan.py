@@ -1,13 +1,17 @@
-"""One case on one grid: low-dose PET, MR, and whatever truth is known; from files, to files, to the model's grid and back.
+"""One case on one grid: low-dose PET, MR, and whatever truth is known; from files, to files, to the model's grid and
+back.
 
 Contract: volumes are float32 (X, Y, Z) on one voxel grid with one affine (voxel -> mm, RAS+), activity in `unit`.
-A `Scan` keeps the orientation of its file; only `WorkingGrid` turns it into what the model sees (RAS+, 2 mm, a box round the head).
+A `Scan` keeps the orientation of its file; only `WorkingGrid` turns it into what the model sees (RAS+, 2 mm, a box
+round the head).
 """
 
 from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,8 @@ SMOOTH_MM = 7.0  # Gaussian FWHM of the low-dose image before anything is read o
 
 @dataclass(frozen=True)
 class Lesion:
-    """One lesion of a virtual patient. label: its value in `Scan.lesions`; kind: "pet-only", "mr-only" or "matched"; radius in mm;
-    hot: whether its activity lies above its surroundings (for MR-only lesions: its MR signal)."""
+    """One lesion of a virtual patient. label: its value in `Scan.lesions`; kind: "pet-only", "mr-only" or "matched";
+    radius in mm; hot: whether its activity lies above its surroundings (for MR-only lesions: its MR signal)."""
 
     label: int
     kind: str
@@ -38,10 +42,11 @@ class Lesion:
 class Scan:
     """One case: `Scan(lpet, mr, voxel_size=2.0, dose_reduction=20)` from NumPy or torch, a 2-D slice or a 3-D volume.
 
-    lpet, mr, spet, activity: (X, Y, Z) float32; `mr=None` restores from PET alone. mask: brain, bool. tissues: uint8, 1 grey, 2 white, 3 CSF.
-    lesions: uint8, 0 or `Lesion.label`. affine: (4, 4) voxel -> mm; without one, RAS axes of `voxel_size` [mm]. A 2-D slice becomes (X, Y, 1);
-    `like_input` gives results back in the shape and kind that came in.
-    Raises ValueError in one sentence for a wrong shape, NaN, infinite or negative activity, an empty image, an absurd voxel size or dose.
+    lpet, mr, spet, activity: (X, Y, Z) float32; `mr=None` restores from PET alone. mask: brain, bool. tissues: uint8, 1
+    grey, 2 white, 3 CSF. lesions: uint8, 0 or `Lesion.label`. affine: (4, 4) voxel -> mm; without one, RAS axes of
+    `voxel_size` [mm]. A 2-D slice becomes (X, Y, 1); `like_input` gives results back in the shape and kind that came
+    in. Raises ValueError in one sentence for a wrong shape, NaN, infinite or negative activity, an empty image, an
+    absurd voxel size or dose.
     """
 
     lpet: Any
@@ -73,16 +78,23 @@ class Scan:
             if getattr(self, name) is not None:
                 setattr(self, name, self._checked(name, kind))
         if not _maps_to_mm(self.affine):
-            raise ValueError(f"{self._called('lpet')}: expected an affine (4, 4) that maps voxels to mm, found a singular or damaged one; repair the header")
+            raise ValueError(
+                f"{self._called('lpet')}: expected an affine (4, 4) that maps voxels to mm, found a singular or "
+                "damaged one; repair the header"
+            )
         self.voxel_size = tuple(float(v) for v in nib.affines.voxel_sizes(self.affine))
         low, high = VOXEL_LIMITS
         if not all(low <= v <= high for v in self.voxel_size[: self._given_ndim]):
             raise ValueError(
-                f"{self._called('lpet')}: expected voxels of {low} to {high} mm, found {np.round(self.voxel_size, 3).tolist()} mm; "
+                f"{self._called('lpet')}: expected voxels of {low} to {high} mm, found "
+                f"{np.round(self.voxel_size, 3).tolist()} mm; "
                 "correct the affine in the header (units must be mm)"
             )
         if not (np.isfinite(self.dose_reduction) and self.dose_reduction >= 1):
-            raise ValueError(f"dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found {self.dose_reduction}")
+            raise ValueError(
+                "dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found "
+                f"{self.dose_reduction}"
+            )
 
     def _called(self, name: str) -> str:
         return self.sources.get(name, {"lpet": "LPET", "spet": "SPET", "mr": "MR"}.get(name, name))
@@ -93,9 +105,14 @@ class Scan:
         if array.ndim == 2:
             array = array[..., None]
         if array.ndim != 3:
-            raise ValueError(f"{called}: expected one 3-D volume, found shape {array.shape}; extract one time frame or channel first")
+            raise ValueError(
+                f"{called}: expected one 3-D volume, found shape {array.shape}; extract one time frame or channel first"
+            )
         if name != "lpet" and array.shape != self.lpet.shape:
-            raise ValueError(f"{called}: expected the LPET's grid {self.lpet.shape}, found {array.shape}; resample it to the PET first")
+            raise ValueError(
+                f"{called}: expected the LPET's grid {self.lpet.shape}, found {array.shape}; "
+                "resample it to the PET first"
+            )
         if np.iscomplexobj(array) or array.dtype.kind not in "biuf":
             raise ValueError(f"{called}: expected real numbers, found {array.dtype}; save one real-valued channel")
         if kind is not np.float32:
@@ -104,13 +121,20 @@ class Scan:
             array = array.astype(np.float32)
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
-            raise ValueError(f"{called}: expected finite values, found {bad} NaN or infinite voxels; replace them (background: 0) first")
+            raise ValueError(
+                f"{called}: expected finite values, found {bad} NaN or infinite voxels; "
+                "replace them (background: 0) first"
+            )
         if not array.any():
-            raise ValueError(f"{called}: expected an image, found only zeros; check the export" + (", or pass mr=None" if name == "mr" else ""))
+            raise ValueError(
+                f"{called}: expected an image, found only zeros; check the export"
+                + (", or pass mr=None" if name == "mr" else "")
+            )
         if name != "mr" and array.min() < 0:
             if array.min() < -1e-4 * array.max():
                 raise ValueError(
-                    f"{called}: expected activity of at least 0, found {array.min():.4g}; undo any offset or z-scoring, or clip at 0 if this is ringing"
+                    f"{called}: expected activity of at least 0, found {array.min():.4g}; "
+                    "undo any offset or z-scoring, or clip at 0 if this is ringing"
                 )
             array = array.clip(min=0)  # rounding of scaled integers
         return array
@@ -142,19 +166,21 @@ class ActivityScale:
 
 
 def scale_mr(mr: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """MR -> zero mean, unit SD inside `brain`, clipped to [-3, 4]; 0 where there is no signal, so that no MR at all is all zeros."""
+    """MR -> zero mean, unit SD inside `brain`, clipped to [-3, 4]; 0 where there is no signal, so that no MR at all is
+    all zeros."""
     inside = mr[brain]
     spread = float(inside.std())
     if spread <= 1e-6 * max(float(np.abs(mr).max()), 1e-12):
         return np.zeros_like(mr)
-    return np.where(mr > 0, np.clip((mr - inside.mean()) / spread, -3, 4), 0).astype(np.float32)
+    return np.where(mr != 0, np.clip((mr - inside.mean()) / spread, -3, 4), 0).astype(np.float32)
 
 
 class WorkingGrid:
     """The grid the model works on: RAS+, 2 mm, cut to a box round the head whose sides X and Y are multiples of 16.
 
-    to(volume): (X, Y, Z) of the scan -> (x, y, z) of the box. back(volume, outside): the way back, `outside` (scan grid) beyond the box.
-    Reorientation is lossless; interpolation (cubic, after a low-pass when the voxels grow) happens only if voxels differ from 2 mm.
+    to(volume): (X, Y, Z) of the scan -> (x, y, z) of the box. back(volume, outside): the way back, `outside` (scan
+    grid) beyond the box. Reorientation is lossless; interpolation (cubic, after a low-pass when the voxels grow)
+    happens only if voxels differ from 2 mm.
     """
 
     def __init__(self, scan: Scan):
@@ -164,9 +190,17 @@ class WorkingGrid:
         flat = canonical.shape[2] == 1
         wanted = np.array([WORKING_VOXEL, WORKING_VOXEL, zooms[2] if flat else WORKING_VOXEL])
         self.resampled = bool(np.any(np.abs(zooms / wanted - 1) > 0.02))
-        shape = np.maximum(np.round(np.array(canonical.shape) * zooms / wanted).astype(int), 1) if self.resampled else canonical.shape
+        shape = (
+            np.maximum(np.round(np.array(canonical.shape) * zooms / wanted).astype(int), 1)
+            if self.resampled
+            else canonical.shape
+        )
         self.shape = tuple(int(n) for n in shape)
-        self.affine = nib.affines.rescale_affine(canonical.affine, canonical.shape, wanted, self.shape) if self.resampled else canonical.affine
+        self.affine = (
+            nib.affines.rescale_affine(canonical.affine, canonical.shape, wanted, self.shape)
+            if self.resampled
+            else canonical.affine
+        )
         self.voxel_size = tuple(float(v) for v in wanted)
         self._low_pass = np.sqrt(np.maximum(wanted**2 - zooms**2, 0)) / 2.355 / zooms  # voxels of the scan
         self.box = (slice(None),) * 3
@@ -192,7 +226,9 @@ class WorkingGrid:
         image = self._canonical(volume)
         if self.resampled:
             smooth = ndimage.gaussian_filter(image.get_fdata(dtype=np.float32), self._low_pass, mode="nearest")
-            image = resample_from_to(nib.Nifti1Image(smooth, image.affine), (self.shape, self.affine), order=3, mode="nearest")
+            image = resample_from_to(
+                nib.Nifti1Image(smooth, image.affine), (self.shape, self.affine), order=3, mode="nearest"
+            )
         data = np.asarray(image.dataobj, np.float32)[self.box]
         return np.pad(data.clip(min=min(0.0, float(np.min(volume)))), self.pad)
 
@@ -227,17 +263,30 @@ def load_scan(
 ) -> Scan:
     """Read a case from NIfTI files. The MR may lie on any grid: it is resampled to the PET by the affines.
 
-    Raises OSError when a file cannot be read, ValueError when its content will not do; each in one sentence that says what to do.
+    Raises OSError when a file cannot be read, ValueError when its content will not do; each in one sentence that says
+    what to do.
     """
     lpet = _read(lpet_path)
+    Scan(
+        lpet=lpet.dataobj, affine=lpet.affine, sources={"lpet": str(lpet_path)}
+    )  # a bad PET is refused before its MR is blamed
     mr = None if mr_path is None else _on_grid_of(lpet, _read(mr_path), lpet_path, mr_path)
-    spet, mask = (None if path is None else _if_grid_of(lpet, _read(path), lpet_path, path) for path in (spet_path, mask_path))
+    spet, mask = (
+        None if path is None else _if_grid_of(lpet, _read(path), lpet_path, path) for path in (spet_path, mask_path)
+    )
     sources = {"lpet": lpet_path, "mr": mr_path, "spet": spet_path, "mask": mask_path}
     return Scan(
-        lpet=np.asarray(lpet.dataobj, np.float32), mr=mr, spet=spet, mask=None if mask is None else mask > 0.5, affine=lpet.affine,
-        dose_reduction=dose_reduction, unit="input unit", name=Path(lpet_path).name.split(".")[0], header=lpet.header,
+        lpet=np.asarray(lpet.dataobj, np.float32),
+        mr=mr,
+        spet=spet,
+        mask=None if mask is None else mask > 0.5,
+        affine=lpet.affine,
+        dose_reduction=dose_reduction,
+        unit="input unit",
+        name=Path(lpet_path).name.split(".")[0],
+        header=lpet.header,
         sources={k: str(v) for k, v in sources.items() if v is not None},
-    )  # fmt: skip
+    )
 
 
 def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -249,25 +298,45 @@ def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def _read(path: str | Path) -> nib.spatialimages.SpatialImage:
     """A 3-D image, its data read whole so that a truncated file is found here."""
     if not Path(path).is_file():
-        raise OSError(f"{path}: expected a NIfTI file, found {'a folder' if Path(path).is_dir() else 'nothing'}; check the path")
+        raise OSError(
+            f"{path}: expected a NIfTI file, found {'a folder' if Path(path).is_dir() else 'nothing'}; check the path"
+        )
     try:
-        with nib.imageglobals.LoggingOutputSuppressor():
+        with _quiet_nibabel():
             image = nib.load(path)
         data = np.asanyarray(image.dataobj)
     except nib.filebasedimages.ImageFileError:
-        raise OSError(f"{path}: expected a NIfTI file (.nii or .nii.gz), found something else; convert it first, e.g. with dcm2niix") from None
+        raise OSError(
+            f"{path}: expected a NIfTI file (.nii or .nii.gz), found something else; "
+            "convert it first, e.g. with dcm2niix"
+        ) from None
     except (OSError, EOFError, zlib.error, ValueError, nib.spatialimages.HeaderDataError) as error:
         reason = " ".join(str(error).split())
-        raise OSError(f"{path}: expected a whole NIfTI file, found a truncated or damaged one ({reason}); copy or export it again") from None
+        raise OSError(
+            f"{path}: expected a whole NIfTI file, found a truncated or damaged one ({reason}); copy or export it again"
+        ) from None
     if data.dtype.kind not in "biuf":
         raise ValueError(f"{path}: expected real numbers, found {data.dtype}; save one real-valued channel")
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim != 3:
-        raise ValueError(f"{path}: expected one 3-D volume, found shape {data.shape}; extract one time frame or channel first")
+        raise ValueError(
+            f"{path}: expected one 3-D volume, found shape {data.shape}; extract one time frame or channel first"
+        )
     if not _maps_to_mm(image.affine):
         raise ValueError(f"{path}: expected an affine that maps voxels to mm, found a singular one; repair the header")
     return nib.Nifti1Image(data, image.affine, image.header if isinstance(image, nib.Nifti1Image) else None)
+
+
+@contextmanager
+def _quiet_nibabel() -> Iterator[None]:
+    """Nibabel logs a line of its own about a header that it then raises about."""
+    logger = nib.imageglobals.logger
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _maps_to_mm(affine: np.ndarray) -> bool:
@@ -278,9 +347,13 @@ def _maps_to_mm(affine: np.ndarray) -> bool:
 
 
 def _if_grid_of(pet: nib.Nifti1Image, image: nib.Nifti1Image, pet_path: object, path: object) -> np.ndarray:
-    """The data of an image that must lie on the PET grid already; a mirrored one of the same shape would pass unnoticed."""
+    """The data of an image that must lie on the PET grid already; a mirrored one of the same shape would pass
+    unnoticed."""
     if image.shape != pet.shape or not np.allclose(image.affine, pet.affine, atol=1e-2):
-        raise ValueError(f"{path}: expected the grid of {pet_path}, {pet.shape}, found {image.shape} or another affine; resample it to the PET first")
+        raise ValueError(
+            f"{path}: expected the grid of {pet_path}, {pet.shape}, found {image.shape} or another affine; "
+            "resample it to the PET first"
+        )
     return np.asarray(image.dataobj, np.float32)
 
 
@@ -291,14 +364,17 @@ def _on_grid_of(pet: nib.Nifti1Image, mr: nib.Nifti1Image, pet_path: object, mr_
     overlap = np.mean(np.all((points > -1) & (points < np.array(mr.shape)), axis=1)) if len(points) else 1.0
     if overlap < 0.5:
         raise ValueError(
-            f"{mr_path}: expected an MR that covers the head in {pet_path}, found {overlap:.0%} of the active voxels inside it; "
+            f"{mr_path}: expected an MR that covers the head in {pet_path}, found {overlap:.0%} of the active "
+            "voxels inside it; "
             "register the MR to the PET, or check both affines"
         )
     if mr.shape == pet.shape and np.allclose(mr.affine, pet.affine, atol=1e-3):
         return np.asarray(mr.dataobj, np.float32)
     data = np.asarray(mr.dataobj, np.float32)
     if not np.isfinite(data).all():  # before interpolation spreads them
-        raise ValueError(f"{mr_path}: expected finite values, found NaN or infinite voxels; replace them (background: 0) first")
+        raise ValueError(
+            f"{mr_path}: expected finite values, found NaN or infinite voxels; replace them (background: 0) first"
+        )
     fine, coarse = nib.affines.voxel_sizes(mr.affine), nib.affines.voxel_sizes(pet.affine)
     sigma = np.sqrt(np.maximum(coarse.min() ** 2 - fine**2, 0)) / 2.355 / fine
     smooth = ndimage.gaussian_filter(data, sigma, mode="nearest")
@@ -306,7 +382,8 @@ def _on_grid_of(pet: nib.Nifti1Image, mr: nib.Nifti1Image, pet_path: object, mr_
 
 
 def save_volume(path: str | Path, volume: np.ndarray, scan: Scan, force: bool = False) -> Path:
-    """Write a volume on the scan's grid as float32 NIfTI: whole or not at all, and never over an existing file unless `force`."""
+    """Write a volume on the scan's grid as float32 NIfTI: whole or not at all, and never over an existing file unless
+    `force`."""
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
@@ -332,13 +409,20 @@ class whole_file:
         if self.path.exists() and not self.force:
             raise FileExistsError(f"{self.path}: exists already; choose another name or pass --force to replace it")
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{self.path.parent}: expected a folder to write {self.path.name} into, found none; create it first")
+            raise FileNotFoundError(
+                f"{self.path.parent}: expected a folder to write {self.path.name} into, found none; create it first"
+            )
         return self.partial
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
+            umask = os.umask(0)
+            os.umask(umask)
+            self.partial.chmod(0o666 & ~umask)  # some writers make files that only their owner can read
             os.replace(self.partial, self.path)
         else:
             self.partial.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise OSError(f"{self.path}: could not be written ({error.strerror or error}); check space and permissions") from None
+                raise OSError(
+                    f"{self.path}: could not be written ({error.strerror or error}); check space and permissions"
+                ) from None

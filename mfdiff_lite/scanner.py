@@ -35,8 +35,9 @@ SCATTER_FWHM = 25.0  # mm; scatter has the shape of heavily blurred trues
 class Sinogram:
     """Counts of one acquisition with everything a reconstruction needs to know about them.
 
-    counts, background, sensitivity: (angles, bins, N) float32. `background` is the expected number of randoms + scatter,
-    `sensitivity` the counts per unit of line integral (attenuation included), both for the dose of these counts.
+    counts, background, sensitivity: (angles, bins, N) float32. `background` is the expected number of randoms +
+    scatter, `sensitivity` the counts per unit of line integral (attenuation included), both for the dose of these
+    counts.
     """
 
     counts: np.ndarray
@@ -46,7 +47,9 @@ class Sinogram:
     def thin(self, dose_reduction: float, seed: int) -> Sinogram:
         """Keep each count with probability 1 / dose_reduction, as list-mode decimation does: again Poisson."""
         if not 1 <= dose_reduction < np.inf:
-            raise ValueError(f"dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found {dose_reduction}")
+            raise ValueError(
+                f"dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found {dose_reduction}"
+            )
         rng = np.random.default_rng(seed)
         kept = rng.binomial(self.counts.astype(np.int64), 1 / dose_reduction).astype(np.float32)
         return Sinogram(kept, self.background / dose_reduction, self.sensitivity / dose_reduction)
@@ -61,8 +64,8 @@ class Sinogram:
 class Scanner:
     """A 2-D PET scanner and its reconstruction. Defaults: a brain scanner at the usual standard dose.
 
-    psf_fwhm [mm]; contamination = (randoms + scatter) / prompts; trues_per_mm3 = standard dose; iterations x subsets of OSEM;
-    post_filter [mm FWHM, 3-D], 0 = none; model_psf = resolution recovery inside OSEM.
+    psf_fwhm [mm]; contamination = (randoms + scatter) / prompts; trues_per_mm3 = standard dose; iterations x subsets of
+    OSEM; post_filter [mm FWHM, 3-D], 0 = none; model_psf = resolution recovery inside OSEM.
     """
 
     psf_fwhm: float = 4.5
@@ -110,7 +113,8 @@ class Scanner:
     def expected(self, activity: np.ndarray, attenuation: np.ndarray) -> Sinogram:
         """The noise-free acquisition of a standard dose; `counts` then holds the mean of the Poisson law.
 
-        activity [kBq/mL] and attenuation [1/cm]: (X, Y, N). The whole stack collects `trues_per_mm3` times the volume of the head.
+        activity [kBq/mL] and attenuation [1/cm]: (X, Y, N). The whole stack collects `trues_per_mm3` times the volume
+        of the head.
         """
         head_mm3 = np.count_nonzero(attenuation > 0.01) * self.pixel_size**3
         survival = np.exp(-self.forward(attenuation, psf=False) / 10)  # 1/cm * mm / 10
@@ -121,7 +125,8 @@ class Scanner:
         return Sinogram(trues + background, background, (gain * survival).astype(np.float32))
 
     def _background(self, trues: np.ndarray) -> np.ndarray:
-        """Randoms (flat) and scatter (blurred trues), half of the contamination each; every slice keeps its own share."""
+        """Randoms (flat) and scatter (blurred trues), half of the contamination each; every slice keeps its own
+        share."""
         total = trues.sum((0, 1), keepdims=True) * self.contamination / (1 - self.contamination)
         sigma = SCATTER_FWHM * FWHM_TO_SIGMA / self.pixel_size
         scatter = ndimage.gaussian_filter(trues, (0, sigma, 0), mode="constant")
@@ -140,7 +145,7 @@ class Scanner:
     def reconstruct(self, sinogram: Sinogram) -> np.ndarray:
         """OSEM with the background in the model; returns activity [kBq/mL], (X, Y, N), non-negative.
 
-            x <- x / (A_s' 1) * A_s' (y_s / (A_s x + b_s))        (Hudson & Larkin 1994), one subset s after the other
+        x <- x / (A_s' 1) * A_s' (y_s / (A_s x + b_s))        (Hudson & Larkin 1994), one subset s after the other
         """
         image = np.ones((self.matrix, self.matrix, sinogram.counts.shape[-1]), np.float32)
         image *= _field_of_view(self.matrix)[..., None]
@@ -157,20 +162,32 @@ class Scanner:
             image = ndimage.gaussian_filter(image, self.post_filter * FWHM_TO_SIGMA / self.pixel_size, mode="nearest")
         return image
 
-    def scan(self, patient: VirtualPatient, dose_reduction: float = 20, seed: int | None = None, independent: bool = False) -> Scan:
+    def scan(
+        self, patient: VirtualPatient, dose_reduction: float = 20, seed: int | None = None, independent: bool = False
+    ) -> Scan:
         """Scan a virtual patient once at standard dose and return LPET, SPET and MR on one grid.
 
-        The LPET is the SPET's acquisition thinned by `dose_reduction`, so the two share 1 / dose_reduction of their counts, as real
-        list-mode pairs do; `independent=True` draws a second acquisition for it instead. `seed` defaults to the patient's.
+        The LPET is the SPET's acquisition thinned by `dose_reduction`, so the two share 1 / dose_reduction of their
+        counts, as real list-mode pairs do; `independent=True` draws a second acquisition for it instead. `seed`
+        defaults to the patient's.
         """
         seed = patient.seed if seed is None else seed
         standard = self.acquire(patient.activity, patient.attenuation, seed)
         source = self.acquire(patient.activity, patient.attenuation, seed + 1_000_003) if independent else standard
         low = source.thin(dose_reduction, seed + 2_000_003)
         return Scan(
-            lpet=self.reconstruct(low), mr=patient.mr, spet=self.reconstruct(standard), activity=patient.activity, mask=patient.mask,
-            tissues=patient.tissues, lesions=patient.lesions, lesion_table=patient.lesion_table, affine=patient.affine, dose_reduction=dose_reduction, name=patient.name,
-        )  # fmt: skip
+            lpet=self.reconstruct(low),
+            mr=patient.mr,
+            spet=self.reconstruct(standard),
+            activity=patient.activity,
+            mask=patient.mask,
+            tissues=patient.tissues,
+            lesions=patient.lesions,
+            lesion_table=patient.lesion_table,
+            affine=patient.affine,
+            dose_reduction=dose_reduction,
+            name=patient.name,
+        )
 
 
 def _subset_order(subsets: int) -> list[int]:
@@ -195,7 +212,9 @@ def _blur_matrix(matrix: int, fwhm: float) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _subset_matrix(matrix: int, pixel_size: float, angles: int, first: int | None, step: int | None) -> sparse.csr_matrix:
+def _subset_matrix(
+    matrix: int, pixel_size: float, angles: int, first: int | None, step: int | None
+) -> sparse.csr_matrix:
     full = _system_matrix(matrix, pixel_size, angles)
     rows = rearrange(np.arange(angles * matrix), "(a b) -> a b", b=matrix)[first::step].ravel() if step else slice(None)
     return full[rows]

@@ -51,7 +51,9 @@ def test_values_are_parsed(key, given, parsed):
     assert getattr(changed, key) == parsed and type(getattr(changed, key)) is type(parsed)
     if isinstance(parsed, tuple):
         assert [type(v) for v in getattr(changed, key)] == [type(v) for v in parsed]
-    assert dataclasses.replace(changed, **{key: getattr(PROFILES["cpu"], key)}) == PROFILES["cpu"]  # and nothing else changed
+    assert (
+        dataclasses.replace(changed, **{key: getattr(PROFILES["cpu"], key)}) == PROFILES["cpu"]
+    )  # and nothing else changed
 
 
 @pytest.mark.parametrize(

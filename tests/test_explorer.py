@@ -293,3 +293,21 @@ def test_report_stands_alone_and_is_escaped(scan):
     (image,) = page.images
     assert image["src"].startswith("data:image/png;base64,") and "<script>alert(1)</script>" in image["alt"]
     assert not re.search(r"(?:src|href)=[\"'](?!data:)|https?://", text)
+
+
+def test_panel_puts_the_patients_right_on_the_left_and_centres_mm():
+    from matplotlib.figure import Figure
+
+    from mfdiff_lite.explorer import panel
+
+    image = np.zeros((64, 64))
+    image[40, 50] = 5.0  # right (+x) and anterior (+y) of the centre
+    ax = Figure().subplots()
+    drawn = panel(ax, image, "t", "activity [kBq/mL]", window=(0, 5))
+    left, right = ax.get_xlim()
+    assert left > right  # x runs from the patient's right to the left, radiological
+    x0, x1, y0, y1 = drawn.get_extent()
+    assert (x0, x1, y0, y1) == (-64, 64, -64, 64)
+    assert drawn.get_array()[50, 40] == 5.0 and drawn.origin == "lower"
+    assert [text.get_text() for text in ax.texts] == ["R", "L"]
+    assert ax.texts[0].get_position()[0] < ax.texts[1].get_position()[0]

@@ -29,7 +29,11 @@ def mask():
 @pytest.fixture
 def reference(mask):
     rng = np.random.default_rng(0)
-    return (np.where(mask, 4, 0.2) + ndimage.gaussian_filter(rng.standard_normal(SHAPE), 1.5) * 8).clip(0).astype(np.float32)
+    return (
+        (np.where(mask, 4, 0.2) + ndimage.gaussian_filter(rng.standard_normal(SHAPE), 1.5) * 8)
+        .clip(0)
+        .astype(np.float32)
+    )
 
 
 @pytest.fixture
@@ -50,8 +54,12 @@ def lesion_case():
 @pytest.mark.parametrize("offset", [0.5, -0.125])
 def test_constant_offset(reference, mask, offset):
     x = reference + np.float32(offset)
-    assert psnr(x, reference, mask) == pytest.approx(20 * np.log10(np.percentile(reference[mask], 99.9) / abs(offset)), abs=1e-3)
-    assert nrmse(x, reference, mask) == pytest.approx(abs(offset) / np.sqrt(np.mean(reference[mask].astype(float) ** 2)), rel=1e-5)
+    assert psnr(x, reference, mask) == pytest.approx(
+        20 * np.log10(np.percentile(reference[mask], 99.9) / abs(offset)), abs=1e-3
+    )
+    assert nrmse(x, reference, mask) == pytest.approx(
+        abs(offset) / np.sqrt(np.mean(reference[mask].astype(float) ** 2)), rel=1e-5
+    )
     assert activity_bias(x, reference, mask) == pytest.approx(offset / reference[mask].astype(float).mean(), rel=1e-5)
 
 
@@ -85,11 +93,17 @@ def test_ssim_is_skimage_on_whole_slices_averaged_in_the_mask(reference, mask):
     x = ndimage.gaussian_filter(reference, 1.0)
     maps = [
         structural_similarity(
-            x[..., z].astype(float), reference[..., z].astype(float), win_size=11, gaussian_weights=True, sigma=1.5, full=True,
-            use_sample_covariance=False, data_range=np.percentile(reference[mask], 99.9),
+            x[..., z].astype(float),
+            reference[..., z].astype(float),
+            win_size=11,
+            gaussian_weights=True,
+            sigma=1.5,
+            full=True,
+            use_sample_covariance=False,
+            data_range=np.percentile(reference[mask], 99.9),
         )[1]
         for z in range(SHAPE[2])
-    ]  # fmt: skip
+    ]
     assert ssim(x, reference, mask) == pytest.approx(np.stack(maps, -1)[mask].mean(), abs=1e-7)
     assert 0.3 < ssim(x, reference, mask) < 0.99
 
@@ -125,7 +139,9 @@ def test_contrast_looks_at_the_ring_only(lesion_case):
     assert lesion_contrast(np.where(brain, truth, 50.0), lesions, 1, brain) == pytest.approx(1.0, abs=1e-6)
     neighbour = lesions.copy()
     neighbour[ball((16, 10, 6), 1.5)] = 9
-    assert lesion_contrast(np.where(neighbour == 9, 50.0, truth), neighbour, 1, np.ones(SHAPE, bool)) == pytest.approx(1.0, abs=1e-6)
+    assert lesion_contrast(np.where(neighbour == 9, 50.0, truth), neighbour, 1, np.ones(SHAPE, bool)) == pytest.approx(
+        1.0, abs=1e-6
+    )
 
 
 def test_contrast_at_the_edge_of_the_volume_and_without_a_ring(lesion_case):
@@ -189,7 +205,7 @@ def test_mean_ci_of_known_data():
 
 
 def test_mean_ci_covers():
-    """Of 300 samples of 30 subjects, the 95 % interval holds the true mean in about 94 % (percentile bootstrap; binomial SD 1.3 %)."""
+    """Of 300 samples of 30 subjects, the 95 % interval holds the true mean in about 94 % (binomial SD 1.3 %)."""
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(300):
@@ -208,14 +224,17 @@ def scan_of(lpet, spet, **kwargs):
 
 def test_evaluate_averages_over_patients(reference, mask):
     scans = [
-        scan_of(reference + np.float32(noise), reference, mask=mask, activity=2 * reference, name=f"p{i}") for i, noise in enumerate((0.1, 0.2, 0.4))
+        scan_of(reference + np.float32(noise), reference, mask=mask, activity=2 * reference, name=f"p{i}")
+        for i, noise in enumerate((0.1, 0.2, 0.4))
     ]
     result = evaluate({"half": lambda scan: scan.spet + (scan.lpet - scan.spet) / 2}, scans)
     summary = result["summary"]["spet"]
     gain = np.array([p["spet"]["half"]["psnr"] - p["spet"]["LPET"]["psnr"] for p in result["patients"]])
     np.testing.assert_allclose(gain, 20 * np.log10(2), atol=1e-3)
     top = peak(reference, mask)
-    assert summary["LPET"]["psnr"]["mean"] == pytest.approx(np.mean([20 * np.log10(top / n) for n in (0.1, 0.2, 0.4)]), abs=1e-3)
+    assert summary["LPET"]["psnr"]["mean"] == pytest.approx(
+        np.mean([20 * np.log10(top / n) for n in (0.1, 0.2, 0.4)]), abs=1e-3
+    )
     assert summary["LPET"]["psnr"]["n"] == 3
     low, high = summary["LPET"]["psnr"]["ci95"]
     assert low < summary["LPET"]["psnr"]["mean"] < high
@@ -264,7 +283,7 @@ def test_gaussian_leaves_the_axis_of_a_slice_alone():
 
 
 def test_tune_gaussian_finds_the_best_width(reference, mask):
-    """The reference is the noisy image filtered with 5 mm: that width is the best, at infinite PSNR but for rounding."""
+    """The reference is the noisy image filtered with 5 mm: that width is the best."""
     noisy = reference + np.abs(np.random.default_rng(0).normal(0, 1, SHAPE)).astype(np.float32)
     scan = scan_of(noisy, gaussian(noisy, (2.0, 2.0, 2.0), 5.0) * np.float32(1.0001), mask=mask)
     assert tune_gaussian([scan]) == 5.0
@@ -326,7 +345,9 @@ def test_scale_does_not_grow_with_the_noise(reference, mask):
     clean = ndimage.gaussian_filter(np.where(mask, 4.0, 0.0), 1.0).astype(np.float32)
     noisy = np.random.default_rng(0).gamma(2.0, clean / 2 + 1e-6).astype(np.float32)  # mean kept, 70 % noise
     assert noisy.max() > 4 * clean.max()
-    assert ActivityScale(noisy, (2.0, 2.0, 2.0)).value == pytest.approx(ActivityScale(clean, (2.0, 2.0, 2.0)).value, rel=0.03)
+    assert ActivityScale(noisy, (2.0, 2.0, 2.0)).value == pytest.approx(
+        ActivityScale(clean, (2.0, 2.0, 2.0)).value, rel=0.03
+    )
 
 
 def test_no_metric_rescales_its_input():

@@ -39,7 +39,10 @@ def test_runs(path, tmp_path):
     assert any("image/png" in o.get("data", {}) for o in outputs), "no picture"
     metrics = tmp_path / path.stem / "metrics.json"
     assert metrics.is_file(), f"{path.name} wrote no metrics.json into its out_dir"
-    assert json.loads(metrics.read_text(encoding="utf-8")), "metrics.json is empty"
+    found = json.loads(metrics.read_text(encoding="utf-8"))
+    expected = json.loads((ROOT / "notebooks" / "expected_metrics.json").read_text(encoding="utf-8"))[path.stem]
+    outside = {n: (found.get(n), r) for n, r in expected.items() if not r[0] <= found.get(n, float("nan")) <= r[1]}
+    assert not outside, f"{path.name}: name: (found, expected range) {outside}"
     assert executed.with_suffix(".html").stat().st_size > 0
 
 

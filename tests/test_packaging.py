@@ -115,9 +115,7 @@ def test_environment_and_pyproject_agree():
     assert {"pip": ["-e .[dev]"]} in listed["dependencies"]
 
 
-@pytest.mark.parametrize(
-    "name", sorted(n for n, r in (requirements() | requirements("dev")).items() if needed_here(r))
-)
+@pytest.mark.parametrize("name", sorted(n for n, r in (requirements() | requirements("dev")).items() if needed_here(r)))
 def test_every_requirement_can_be_imported(name):
     importlib.import_module(import_name(name))
 

@@ -32,7 +32,9 @@ def donor():
 
 @pytest.fixture(scope="module")
 def patients(icbm, donor):
-    return [virtual_patient(anatomy, seed, slices=8) for anatomy, seed in ((icbm, 1), (icbm, 2), (donor, 1), (donor, 2))]
+    return [
+        virtual_patient(anatomy, seed, slices=8) for anatomy, seed in ((icbm, 1), (icbm, 2), (donor, 1), (donor, 2))
+    ]
 
 
 # ---- the same patient, always --------------------------------------------------------------------------------------
@@ -42,7 +44,11 @@ def test_same_arguments_same_patient(donor, patients):
     again = virtual_patient(donor, 1, slices=8)
     for name in (*ARRAYS, "affine"):
         np.testing.assert_array_equal(getattr(again, name), getattr(patients[2], name))
-    assert again.lesion_table == patients[2].lesion_table and again.truth == patients[2].truth and again.name == "ahba-9861-1"
+    assert (
+        again.lesion_table == patients[2].lesion_table
+        and again.truth == patients[2].truth
+        and again.name == "ahba-9861-1"
+    )
 
 
 def test_other_seed_or_anatomy_other_patient(patients):
@@ -55,7 +61,14 @@ def test_other_seed_or_anatomy_other_patient(patients):
 def test_kinds_and_units(patients):
     for one in patients:
         assert {getattr(one, name).shape for name in ARRAYS} == {(128, 128, 8)}
-        assert [getattr(one, name).dtype for name in ARRAYS] == [np.float32, np.float32, np.float32, bool, np.uint8, np.uint8]
+        assert [getattr(one, name).dtype for name in ARRAYS] == [
+            np.float32,
+            np.float32,
+            np.float32,
+            bool,
+            np.uint8,
+            np.uint8,
+        ]
         for name in ("activity", "attenuation", "mr"):
             volume = getattr(one, name)
             assert np.isfinite(volume).all() and volume.min() >= 0
@@ -75,7 +88,7 @@ def whole(donor):
 
 
 def test_slab_is_a_piece_of_the_whole_head(donor, whole):
-    """Without deformation a slab is cut out of the head at the height that its affine says, and voxels keep their place in mm."""
+    """Without deformation a slab is cut out of the head at the height that its affine says."""
     slab = virtual_patient(donor, 5, slices=6, randomisation=Randomisation(**STILL, **EVEN))
     first = round((slab.affine[2, 3] - whole.affine[2, 3]) / 2)
     assert slab.affine[2, 3] == pytest.approx(whole.affine[2, 3] + 2 * first, abs=1e-4)  # mm
@@ -104,7 +117,9 @@ def test_mask_and_tissues_agree(patients):
     for one in patients:
         assert not (one.mask & (one.tissues == 0)).any()
         matter = np.isin(one.tissues, (1, 2))
-        assert np.count_nonzero(one.mask & ~matter) < 0.03 * np.count_nonzero(one.mask)  # grey + white against CSF: a plurality
+        assert np.count_nonzero(one.mask & ~matter) < 0.03 * np.count_nonzero(
+            one.mask
+        )  # grey + white against CSF: a plurality
         extra = matter & ~one.mask  # grey ahead of fluid, yet less than half of the voxel
         assert np.count_nonzero(extra) < 0.1 * np.count_nonzero(one.mask)
         assert set(np.unique(one.tissues)) == {0, 1, 2, 3}
@@ -119,7 +134,9 @@ def test_attenuation_values(patients):
         bone = one.attenuation > 0.129
         assert 50 < np.count_nonzero(bone) / one.tissues.shape[2] < 2500  # a ring in each slice, voxels
         assert not (bone & (one.tissues > 0)).any()
-        assert np.all(np.isin(one.attenuation[[0, -1]], 0)) and np.all(one.attenuation[:, [0, -1]] == 0)  # air at the edge
+        assert np.all(np.isin(one.attenuation[[0, -1]], 0)) and np.all(
+            one.attenuation[:, [0, -1]] == 0
+        )  # air at the edge
 
 
 # ---- uptake --------------------------------------------------------------------------------------------------------
@@ -127,7 +144,7 @@ def test_attenuation_values(patients):
 
 @pytest.mark.parametrize("name", ["icbm152", "ahba-9861"])
 def test_uptake_is_as_stated(name):
-    """Without regional variation, voxels that are all one tissue have exactly the stated activity: grey, white, 0.05 x white."""
+    """Without variation, voxels of one tissue have exactly the stated activity: grey, white, 0.05 x white."""
     one = virtual_patient(load_anatomy(name), 3, slices=8, randomisation=Randomisation(**STILL, **EVEN))
     white = one.activity[ndimage.binary_erosion(one.tissues == 2, iterations=2)]
     assert np.median(white) == pytest.approx(one.truth["white"], rel=1e-5)
@@ -140,7 +157,7 @@ def test_uptake_is_as_stated(name):
 
 
 def test_uptake_with_all_its_variation_keeps_the_ratio(patients):
-    """Away from borders and lesions: the ratio of `truth` within 25 % (few regions lie deep; each varies by 4-14 % SD, the field by 5-12 %)."""
+    """Away from borders and lesions: the ratio of `truth` within 25 % (few regions lie that deep; SD 4-14 % each)."""
     for one in patients:
         grey, white = (one.activity[ndimage.binary_erosion(one.tissues == t) & (one.lesions == 0)] for t in (1, 2))
         assert np.median(grey) / np.median(white) == pytest.approx(one.truth["grey"] / one.truth["white"], rel=0.25)
@@ -154,7 +171,7 @@ def test_partial_volume_is_the_mean_of_the_fine_samples():
 
 
 def test_regions_vary_and_hemispheres_share_half(donor):
-    """Level of a region = grey (1 + sd (shared + own) / sqrt 2): SD `sd`, correlation 1/2 between left and right, 0 between others."""
+    """Level = grey (1 + sd (shared + own) / sqrt 2): SD `sd`, correlation 1/2 between left and right, else 0."""
     names = {label: name for label, name in donor.regions.items() if label < 90}
     labels = np.zeros((2 * len(names), 2, 2), np.uint8)
     for row, label in enumerate(sorted(names)):
@@ -164,15 +181,21 @@ def test_regions_vary_and_hemispheres_share_half(donor):
     rng = np.random.default_rng(0)
     draws = []
     for _ in range(80):
-        level, truth = phantom._uptake(labels, donor, {"scalp": nothing, "bone": nothing, "outer_csf": nothing}, ranges, rng)
+        level, truth = phantom._uptake(
+            labels, donor, {"scalp": nothing, "bone": nothing, "outer_csf": nothing}, ranges, rng
+        )
         draws.append(level.ravel() / truth["grey"] - 1)
     z = np.array(draws) / 0.1  # (draws, regions)
     rows = {names[label]: row for row, label in enumerate(sorted(names))}
-    pairs = np.array([(rows[name], rows["R" + name[1:]]) for name in rows if name.startswith("L ") and "R" + name[1:] in rows])
+    pairs = np.array(
+        [(rows[name], rows["R" + name[1:]]) for name in rows if name.startswith("L ") and "R" + name[1:] in rows]
+    )
     assert len(pairs) >= 30
     n = len(pairs) * len(z)
     assert abs(z.mean()) < 5 / np.sqrt(n)
-    assert np.mean(z**2) == pytest.approx(1, abs=5 * np.sqrt(3 / n))  # variance of z^2, with correlated hemispheres: below 3
+    assert np.mean(z**2) == pytest.approx(
+        1, abs=5 * np.sqrt(3 / n)
+    )  # variance of z^2, with correlated hemispheres: below 3
     assert np.mean(z[:, pairs[:, 0]] * z[:, pairs[:, 1]]) == pytest.approx(0.5, abs=5 / np.sqrt(n) * 1.2)
     assert np.mean(z[:, pairs[:, 0]] * z[:, np.roll(pairs[:, 1], 1)]) == pytest.approx(0, abs=5 / np.sqrt(n) * 1.2)
 
@@ -180,7 +203,9 @@ def test_regions_vary_and_hemispheres_share_half(donor):
 @pytest.mark.parametrize(("length", "voxel"), [(30.0, 2.0), (12.0, 2.0), (14.0, 1.0)])
 def test_smooth_field(length, voxel):
     """Mean 0; SD about 1 (1.0 to 1.25); correlated inside `length`, hardly beyond twice of it."""
-    fields = np.stack([smooth_field(np.random.default_rng(s), (48, 48, 16), length, voxel).astype(float) for s in range(80)])
+    fields = np.stack(
+        [smooth_field(np.random.default_rng(s), (48, 48, 16), length, voxel).astype(float) for s in range(80)]
+    )
     independent = fields.size / (length / voxel) ** 3
     assert abs(fields.mean()) < 5 * 1.5 / np.sqrt(independent)
     assert 1.0 < np.sqrt(np.mean(fields**2)) < 1.25
@@ -189,7 +214,9 @@ def test_smooth_field(length, voxel):
         return np.mean(fields[:, :-lag] * fields[:, lag:]) / np.mean(fields**2)
 
     assert correlation(max(1, round(0.2 * length / voxel))) > 0.9
-    assert correlation(round(length / voxel)) == pytest.approx(0.17, abs=0.12)  # cubic B-spline of white knots: 0.17 at one knot
+    assert correlation(round(length / voxel)) == pytest.approx(
+        0.17, abs=0.12
+    )  # cubic B-spline of white knots: 0.17 at one knot
     assert abs(correlation(round(2.2 * length / voxel))) < 0.12
 
 
@@ -197,7 +224,7 @@ def test_smooth_field(length, voxel):
 
 
 class Recorder:
-    """Stands in for `_add_lesions`: draws the same random numbers, keeps what was there before, and lets through what it is told to."""
+    """Stands in for `_add_lesions`: the same random numbers, the images before and after, lesions only if `keep`."""
 
     def __init__(self, keep):
         self.keep, self.original = keep, phantom._add_lesions
@@ -209,14 +236,18 @@ class Recorder:
 
 
 def with_and_without(monkeypatch, anatomy, kinds, **kwargs):
-    """The same patient twice, with the lesions and without, all other random numbers equal; and what went in and out of the lesions."""
+    """The same patient with the lesions and without, all other random numbers equal; and the recorder."""
     monkeypatch.setattr(phantom, "LESION_KINDS", kinds)
     found = []
     for keep in (True, False):
         recorder = Recorder(keep)
         with monkeypatch.context() as patch:
             patch.setattr(phantom, "_add_lesions", recorder)
-            found.append(virtual_patient(anatomy, 11, slices=10, randomisation=Randomisation(lesions_per_100ml=(6.0, 6.0), **kwargs)))
+            found.append(
+                virtual_patient(
+                    anatomy, 11, slices=10, randomisation=Randomisation(lesions_per_100ml=(6.0, 6.0), **kwargs)
+                )
+            )
     return *found, recorder
 
 
@@ -224,8 +255,17 @@ def with_and_without(monkeypatch, anatomy, kinds, **kwargs):
 def test_each_kind_changes_its_own_images_only(monkeypatch, donor, kind):
     ill, well, _ = with_and_without(monkeypatch, donor, (kind,))
     assert len(ill.lesion_table) >= 4 and {one.kind for one in ill.lesion_table} == {kind}
-    changed = {name: np.any(getattr(ill, name) != getattr(well, name)) for name in ("activity", "mr", "attenuation", "mask", "tissues")}
-    assert changed == {"activity": kind != "mr-only", "mr": kind != "pet-only", "attenuation": False, "mask": False, "tissues": False}
+    changed = {
+        name: np.any(getattr(ill, name) != getattr(well, name))
+        for name in ("activity", "mr", "attenuation", "mask", "tissues")
+    }
+    assert changed == {
+        "activity": kind != "mr-only",
+        "mr": kind != "pet-only",
+        "attenuation": False,
+        "mask": False,
+        "tissues": False,
+    }
     # No change beyond a voxel's rim of the lesions (activity), or the MR's own blur and shift.
     near = {"activity": 2, "mr": 6}
     for name, reach in near.items():
@@ -236,7 +276,12 @@ def test_each_kind_changes_its_own_images_only(monkeypatch, donor, kind):
 @pytest.mark.parametrize("name", ["icbm152", "ahba-9861"])
 def test_lesions_have_the_stated_values(monkeypatch, name):
     _, _, recorder = with_and_without(monkeypatch, load_anatomy(name), LESION_KINDS, lesion_radius=(4.0, 8.0))
-    ill = virtual_patient(load_anatomy(name), 11, slices=10, randomisation=Randomisation(lesions_per_100ml=(6.0, 6.0), lesion_radius=(4.0, 8.0)))
+    ill = virtual_patient(
+        load_anatomy(name),
+        11,
+        slices=10,
+        randomisation=Randomisation(lesions_per_100ml=(6.0, 6.0), lesion_radius=(4.0, 8.0)),
+    )
     grey, white = ill.truth["grey"], ill.truth["white"]
     (uptake, mr), (uptake_after, mr_after) = recorder.before, recorder.after
     seen = set()
@@ -320,7 +365,9 @@ def test_icbm_uses_its_own_t1_for_half_of_the_patients(icbm):
     sharp = []
     for seed in range(12):
         one = virtual_patient(icbm, seed, slices=4, randomisation=ranges)
-        sharp.append(one.mr[one.attenuation > 0.129].max() == 0)  # the real T1 is skull-stripped, the painted one has a skull
+        sharp.append(
+            one.mr[one.attenuation > 0.129].max() == 0
+        )  # the real T1 is skull-stripped, the painted one has a skull
     assert 2 <= sum(sharp) <= 10
 
 

@@ -44,14 +44,18 @@ def patient():
 def standard(patient):
     """Expected counts and one acquisition of the default scanner."""
     scanner = Scanner()
-    return scanner.expected(patient.activity, patient.attenuation), scanner.acquire(patient.activity, patient.attenuation, seed=1)
+    return scanner.expected(patient.activity, patient.attenuation), scanner.acquire(
+        patient.activity, patient.attenuation, seed=1
+    )
 
 
 # ---- the linear model ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("psf", [True, False])
-@pytest.mark.parametrize("subset", [slice(None), slice(0, None, 21), slice(13, None, 21)], ids=["whole", "subset 0", "subset 13"])
+@pytest.mark.parametrize(
+    "subset", [slice(None), slice(0, None, 21), slice(13, None, 21)], ids=["whole", "subset 0", "subset 13"]
+)
 def test_adjoint(subset, psf):
     scanner, rng = Scanner(), np.random.default_rng(0)
     image = rng.random((128, 128, 2), np.float32)
@@ -85,7 +89,7 @@ def test_each_subset_is_visited_once(subsets):
 
 @pytest.mark.parametrize("centre", [(0.0, 0.0), (31.0, -44.0)])
 def test_line_integrals_of_a_disk(centre):
-    """Against 2 sqrt(r^2 - s^2): within 1 % of the diameter RMS, and 3 % for each ray that stays a pixel inside the edge."""
+    """Against 2 sqrt(r^2 - s^2): within 1 % of the diameter RMS, and 3 % for each ray a pixel off the edge."""
     scanner, radius = Scanner(), 60.0
     lines = scanner.forward(disk(scanner, radius, centre), psf=False)[..., 0]
     angles = np.pi * np.arange(scanner.angles) / scanner.angles
@@ -210,7 +214,7 @@ def test_halves_add_up_and_are_independent(standard):
         np.testing.assert_allclose(half.sensitivity, acquired.sensitivity / 2, rtol=1e-6)
     noise_a, noise_b = ((half.counts - mean.counts / 2) / np.sqrt(mean.counts / 2) for half in (a, b))
     assert abs(correlation(noise_a, noise_b)) < 5 / np.sqrt(noise_a.size)
-    # The same halves of *known* counts are perfectly anticorrelated: independence comes from the Poisson law of the sum.
+    # Halves of *known* counts are perfectly anticorrelated: independence comes from the Poisson law of the sum.
     assert correlation(a.counts - acquired.counts / 2, b.counts - acquired.counts / 2) == pytest.approx(-1, abs=1e-6)
 
 
@@ -302,7 +306,9 @@ def test_resolution_recovery_sharpens():
 def test_post_filter_is_a_3d_gaussian_of_the_stated_width(patient, standard):
     plain = Scanner().reconstruct(standard[1])
     filtered = Scanner(post_filter=5.0).reconstruct(standard[1])
-    np.testing.assert_allclose(filtered, ndimage.gaussian_filter(plain, 5.0 / 2.3548 / 2.0, mode="nearest"), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        filtered, ndimage.gaussian_filter(plain, 5.0 / 2.3548 / 2.0, mode="nearest"), rtol=1e-3, atol=1e-3
+    )
 
 
 # ---- scans ---------------------------------------------------------------------------------------------------------
@@ -318,16 +324,24 @@ def test_same_seed_same_scan(patient):
 
 
 def test_default_seed_is_the_patients(patient):
-    np.testing.assert_array_equal(Scanner(iterations=1).scan(patient, 10).spet, Scanner(iterations=1).scan(patient, 10, patient.seed).spet)
+    np.testing.assert_array_equal(
+        Scanner(iterations=1).scan(patient, 10).spet, Scanner(iterations=1).scan(patient, 10, patient.seed).spet
+    )
 
 
 def test_thinned_pairs_share_noise_and_independent_ones_do_not(patient):
-    """The correlation of image noise in LPET and SPET: 1 / sqrt(DRF) when thinned, 0 when the LPET is its own acquisition.
+    """Correlation of image noise in LPET and SPET: 1 / sqrt(DRF) when thinned, 0 for an acquisition of its own.
 
     DRF 4, one iteration (nearly linear) and 24 scans: the noise is the difference from the mean over scans.
     """
     scanner = Scanner(iterations=1, subsets=12, matrix=64, pixel_size=4.0, angles=84)
-    small = dataclasses.replace(patient, **{k: getattr(patient, k)[::2, ::2, :1] for k in ("activity", "attenuation", "mr", "mask", "tissues", "lesions")})
+    small = dataclasses.replace(
+        patient,
+        **{
+            k: getattr(patient, k)[::2, ::2, :1]
+            for k in ("activity", "attenuation", "mr", "mask", "tissues", "lesions")
+        },
+    )
     found = {}
     for independent in (False, True):
         scans = [scanner.scan(small, 4, seed, independent) for seed in range(24)]
@@ -338,7 +352,7 @@ def test_thinned_pairs_share_noise_and_independent_ones_do_not(patient):
 
 
 def test_low_dose_noise_grows_as_it_must(patient, standard):
-    """Image noise follows 1 / sqrt(counts): DRF 16 against 4, about twice the SD (OSEM's positivity bends it a little)."""
+    """Image noise follows 1 / sqrt(counts): DRF 16 against 4, about twice the SD (positivity bends it a little)."""
     scanner = Scanner(iterations=1)
     clean = scanner.reconstruct(standard[0])[patient.mask]
     sd = {dose: np.std(scanner.reconstruct(standard[1].thin(dose, 3))[patient.mask] - clean) for dose in (4, 16)}
@@ -349,7 +363,9 @@ def test_shifted_scanners():
     assert Scanner.shifted(None) == Scanner()
     for name, settings in SHIFTS.items():
         scanner = Scanner.shifted(name)
-        changed = {f.name for f in dataclasses.fields(Scanner) if getattr(scanner, f.name) != getattr(Scanner(), f.name)}
+        changed = {
+            f.name for f in dataclasses.fields(Scanner) if getattr(scanner, f.name) != getattr(Scanner(), f.name)
+        }
         assert changed == set(settings["scanner"])
         assert {key: getattr(scanner, key) for key in changed} == settings["scanner"]
     assert Scanner.shifted("edge-scanner").psf_fwhm == 6.2

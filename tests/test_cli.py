@@ -1,0 +1,705 @@
+"""The command line: good files give whole results; bad ones one sentence, exit status 2 and nothing written."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.processing import resample_from_to
+from scipy import ndimage
+from skimage.metrics import structural_similarity
+from test_scan import BROKEN, affine_of, broken, head, write
+from typer.testing import CliRunner
+
+from mfdiff_lite import __main__ as cli
+from mfdiff_lite.config import load_profile
+from mfdiff_lite.model import MFdiff, save_model
+
+NAMES = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def process(*arguments, **environment):
+    """The command in a process of its own: exit status, stdout, stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mfdiff_lite", *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def tree(folder):
+    """Every file and folder below, with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def refused(result, *parts):
+    """Exit status 2 and one line on stderr that says all the parts."""
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("drawing the patient")]
+    assert len(lines) == 1 and lines[0].startswith("mfdiff_lite: "), result.stderr
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert re.search(part, lines[0]), (part, lines[0])
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """An untrained model of the smallest size."""
+    return save_model(
+        MFdiff.from_profile(load_profile("smoke")),
+        tmp_path_factory.mktemp("weights") / "tiny.safetensors",
+        {"revision": "test", "steps": 0},
+    )
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory):
+    """A simulated case of four slices, made by the command."""
+    folder = tmp_path_factory.mktemp("case") / "new" / "folder"
+    result = run(
+        "simulate", "--out", folder, "--anatomy", "ahba-15697", "--seed", 3, "--slices", 4, "--dose-reduction", 10
+    )
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def restored(case, weights, tmp_path_factory):
+    """The case restored with all outputs."""
+    out = tmp_path_factory.mktemp("restored")
+    result = run(
+        "restore",
+        "--lpet",
+        case / "lpet.nii.gz",
+        "--mr",
+        case / "mr.nii.gz",
+        "--out",
+        out / "restored.nii.gz",
+        "--std",
+        out / "std.nii.gz",
+        "--report",
+        out / "report.html",
+        "--samples",
+        2,
+        "--dose-reduction",
+        10,
+        "--weights",
+        weights,
+    )
+    assert result.exit_code == 0, result.output
+    return out, result
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A PET and an MR in a folder of their own, and an empty folder for results."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    return (
+        write(tmp_path / "in" / "lpet.nii.gz", head()),
+        write(tmp_path / "in" / "mr.nii.gz", head(seed=1)),
+        tmp_path / "out",
+    )
+
+
+def restore(lpet, mr, out, weights, *more):
+    return run(
+        "restore", "--lpet", lpet, "--mr", mr, "--out", out, "--weights", weights, "--samples", 1, "--steps", 1, *more
+    )
+
+
+# ---- the good road -------------------------------------------------------------------------------------------------
+
+
+def test_simulate_writes_a_whole_case(case):
+    assert sorted(p.name for p in case.iterdir()) == sorted([*(f"{n}.nii.gz" for n in NAMES), "scan.json"])
+    images = {name: nib.load(case / f"{name}.nii.gz") for name in NAMES}
+    volumes = {name: image.get_fdata() for name, image in images.items()}
+    note = json.loads((case / "scan.json").read_text())
+    for image in images.values():
+        assert image.shape == (128, 128, 4)
+        np.testing.assert_array_equal(image.affine, images["lpet"].affine)
+    assert (note["anatomy"], note["seed"], note["dose_reduction"], note["shift"], note["unit"]) == (
+        "ahba-15697",
+        3,
+        10,
+        None,
+        "kBq/mL",
+    )
+    assert {"psf_fwhm", "trues_per_mm3"} <= set(note["scanner"]) and "simulated" in note["note"]
+    mask = volumes["mask"] > 0
+    assert volumes["lpet"][mask].mean() == pytest.approx(volumes["spet"][mask].mean(), rel=0.02)
+    assert {one["label"] for one in note["lesions"]} == set(np.unique(volumes["lesions"])) - {0}
+    white = volumes["activity"][ndimage.binary_erosion(volumes["tissues"] == 2) & (volumes["lesions"] == 0)]
+    assert np.median(white) == pytest.approx(note["truth"]["white"], rel=0.15)
+    # LPET noise against SPET noise: sqrt(10) in counts; in images of both against the truth at least well above.
+    error = {k: np.std((volumes[k] - ndimage.gaussian_filter(volumes["activity"], 1))[mask]) for k in ("lpet", "spet")}
+    assert error["lpet"] > 1.8 * error["spet"]
+
+
+def test_simulate_is_reproducible_and_shifts(case, tmp_path):
+    same = ["--anatomy", "ahba-15697", "--seed", 3, "--slices", 4, "--dose-reduction", 10]
+    assert run("simulate", "--out", tmp_path / "same", *same).exit_code == 0
+    assert run("simulate", "--out", tmp_path / "shifted", *same, "--shift", "edge-scanner").exit_code == 0
+    for name in NAMES:
+        a, b, c = (
+            np.asarray(nib.load(folder / f"{name}.nii.gz").dataobj)
+            for folder in (case, tmp_path / "same", tmp_path / "shifted")
+        )
+        np.testing.assert_array_equal(a, b)
+        assert np.array_equal(a, c) == (name not in ("lpet", "spet"))
+    assert json.loads((tmp_path / "shifted" / "scan.json").read_text())["scanner"]["psf_fwhm"] == 6.2
+
+
+def test_restore_writes_on_the_grid_of_the_lpet(case, restored):
+    out, result = restored
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "restored.nii.gz", "std.nii.gz"]
+    lpet = nib.load(case / "lpet.nii.gz")
+    for name in ("restored", "std"):
+        image = nib.load(out / f"{name}.nii.gz")
+        volume = np.asarray(image.dataobj)
+        assert image.shape == lpet.shape and image.get_data_dtype() == np.float32
+        np.testing.assert_array_equal(image.affine, lpet.affine)
+        assert np.isfinite(volume).all() and volume.min() >= 0 and volume.max() > 0
+        assert f"wrote {out / f'{name}.nii.gz'}" in result.stdout
+    assert "revision test, 0 steps" in result.stdout and "(128, 128, 4)" in result.stdout
+
+
+def test_report_is_one_page_that_needs_nothing_else(restored, case):
+    page = (restored[0] / "report.html").read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html>") and "</html>" in page
+    assert "data:image/png;base64," in page and str(case / "lpet.nii.gz") in page
+    assert not re.search(r"(src|href)\s*=\s*[\"']?https?:", page)
+
+
+def test_same_seed_same_result(case, restored, weights, tmp_path):
+    arguments = [
+        "--lpet",
+        case / "lpet.nii.gz",
+        "--mr",
+        case / "mr.nii.gz",
+        "--samples",
+        2,
+        "--dose-reduction",
+        10,
+        "--weights",
+        weights,
+    ]
+    for seed, equal in ((0, True), (1, False)):
+        assert run("restore", "--out", tmp_path / f"{seed}.nii", *arguments, "--seed", seed).exit_code == 0
+        a, b = (
+            np.asarray(nib.load(path).dataobj) for path in (tmp_path / f"{seed}.nii", restored[0] / "restored.nii.gz")
+        )
+        assert np.array_equal(a, b) == equal
+
+
+def test_evaluate_prints_and_writes_the_right_numbers(case, restored, tmp_path):
+    """The JSON against metrics written out again here."""
+    path = tmp_path / "numbers.json"
+    result = run(
+        "evaluate",
+        "--lpet",
+        case / "lpet.nii.gz",
+        "--spet",
+        case / "spet.nii.gz",
+        "--restored",
+        restored[0] / "restored.nii.gz",
+        "--mask",
+        case / "mask.nii.gz",
+        "--json",
+        path,
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text())
+    lpet, spet, mask = (nib.load(case / f"{n}.nii.gz").get_fdata() for n in ("lpet", "spet", "mask"))
+    mask = mask > 0.5
+    sd = 4.5 / (2 * np.sqrt(2 * np.log(2))) / 2.0
+    images = {
+        "LPET": lpet,
+        "Gaussian": ndimage.gaussian_filter(lpet, sd, mode="nearest"),
+        "restored": nib.load(restored[0] / "restored.nii.gz").get_fdata(),
+    }
+    assert found["against"] == "spet" and set(found["images"]) == set(images)
+    top = np.percentile(spet[mask], 99.9)
+    for name, image in images.items():
+        error = (image - spet)[mask]
+        maps = [
+            structural_similarity(
+                image[..., z],
+                spet[..., z],
+                data_range=top,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+                full=True,
+            )[1]
+            for z in range(4)
+        ]
+        expected = {
+            "psnr": 10 * np.log10(top**2 / np.mean(error**2)),
+            "nrmse": np.sqrt(np.sum(error**2) / np.sum(spet[mask] ** 2)),
+            "activity_bias": image[mask].sum() / spet[mask].sum() - 1,
+            "ssim": np.stack(maps, -1)[mask].mean(),
+        }
+        assert set(found["images"][name]) == set(expected)
+        for key, value in expected.items():
+            assert found["images"][name][key] == pytest.approx(value, rel=1e-3, abs=1e-4), (name, key)
+        assert f"{found['images'][name]['psnr']:.2f}" in result.stdout
+
+
+def test_evaluate_without_a_mask_uses_the_lpets(case, restored, tmp_path):
+    arguments = ["--lpet", case / "lpet.nii.gz", "--spet", case / "spet.nii.gz", "--json", tmp_path / "n.json"]
+    assert run("evaluate", *arguments, "--restored", restored[0] / "restored.nii.gz").exit_code == 0
+    assert json.loads((tmp_path / "n.json").read_text())["mask"] == "rough, from the LPET"
+    # A perfect result: infinite PSNR, which JSON cannot say.
+    assert run("evaluate", *arguments, "--restored", case / "spet.nii.gz", "--force").exit_code == 0
+    row = json.loads((tmp_path / "n.json").read_text(), parse_constant=pytest.fail)["images"]["restored"]
+    assert row["psnr"] is None and row["nrmse"] == 0
+
+
+def test_real_world_grids(case, weights, tmp_path):
+    """LPET in LAS at 1.5 mm, MR in RAS at 1 mm with another field of view: the result lies where the LPET lies."""
+    pet, mr = nib.load(case / "lpet.nii.gz"), nib.load(case / "mr.nii.gz")
+    middle = nib.affines.apply_affine(pet.affine, (np.array(pet.shape) - 1) / 2)
+    shape, mr_shape = (110, 130, 5), (170, 190, 9)
+    las = resample_from_to(pet, (shape, affine_of("LAS", 1.5, shape, middle)), order=1)
+    fine = resample_from_to(mr, (mr_shape, affine_of("RAS", 1.0, mr_shape, middle + [3, -4, 0])), order=1)
+    las.set_data_dtype(np.float32)
+    las.to_filename(tmp_path / "lpet.nii.gz")
+    fine.to_filename(tmp_path / "mr.nii.gz")
+    result = run(
+        "restore",
+        "--lpet",
+        tmp_path / "lpet.nii.gz",
+        "--mr",
+        tmp_path / "mr.nii.gz",
+        "--out",
+        tmp_path / "out.nii.gz",
+        "--weights",
+        weights,
+        "--samples",
+        2,
+        "--std",
+        tmp_path / "std.nii",
+        "--fidelity",
+        1,
+    )
+    assert result.exit_code == 0, result.output
+    lpet = nib.load(tmp_path / "lpet.nii.gz")
+    for name in ("out.nii.gz", "std.nii"):
+        image = nib.load(tmp_path / name)
+        assert (
+            image.shape == shape
+            and image.get_data_dtype() == np.float32
+            and nib.aff2axcodes(image.affine) == ("L", "A", "S")
+        )
+        np.testing.assert_allclose(image.affine, lpet.affine, atol=1e-5)
+    out, given = np.asarray(nib.load(tmp_path / "out.nii.gz").dataobj), np.asarray(lpet.dataobj)
+    smooth = ndimage.gaussian_filter(given, 2)
+    assert np.corrcoef(ndimage.gaussian_filter(out, 2).ravel(), smooth.ravel())[0, 1] > 0.95
+    assert (
+        np.corrcoef(ndimage.gaussian_filter(out, 2)[::-1].ravel(), smooth.ravel())[0, 1] < 0.95
+    )  # mirrored it would not fit
+    shift = np.subtract(ndimage.center_of_mass(out), ndimage.center_of_mass(given)) * 1.5
+    assert np.abs(shift).max() < 1.0  # mm
+
+
+# ---- bad images ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", BROKEN)
+def test_restore_refuses_a_bad_lpet(tmp_path, files, weights, bad):
+    _, mr, out = files
+    path, _, message = broken(tmp_path, bad)
+    before = tree(tmp_path)
+    refused(restore(path, mr, out / "out.nii.gz", weights), re.escape(str(path)), message, ";")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("bad", ["4-D", "missing", "truncated .nii.gz", "text", "complex", "singular affine"])
+def test_restore_refuses_a_bad_mr(tmp_path, files, weights, bad):
+    lpet, _, out = files
+    path, _, message = broken(tmp_path, bad)
+    before = tree(tmp_path)
+    refused(restore(lpet, path, out / "out.nii.gz", weights), re.escape(str(path)), message)
+    assert tree(tmp_path) == before
+
+
+def test_restore_refuses_an_mr_that_is_elsewhere(tmp_path, files, weights):
+    affine = affine_of("RAS", 2.0, head().shape)
+    affine[:3, 3] += 500
+    far = write(tmp_path / "in" / "far.nii.gz", head(), affine)
+    before = tree(tmp_path)
+    refused(
+        restore(files[0], far, files[2] / "out.nii.gz", weights),
+        "far.nii.gz: expected an MR that covers the head in .*lpet.nii.gz, found 0%",
+    )
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("role", "bad"),
+    [
+        (role, bad)
+        for role in ("lpet", "spet", "restored", "mask")
+        for bad in ("missing", "truncated .nii.gz", "NaN", "4-D", "mirrored", "cropped")
+        if (role, bad) != ("mask", "NaN")  # NaN is not above 0.5: outside the mask
+    ],
+)
+def test_evaluate_refuses(tmp_path, files, role, bad):
+    if bad == "mirrored":
+        path, message = write(tmp_path / "pet.nii.gz", head(), affine_of("LAS", 2.0, head().shape)), "another affine"
+    elif bad == "cropped":
+        path, message = write(tmp_path / "pet.nii.gz", head()[1:]), r"\(39, 44, 18\)"
+    else:
+        path, _, message = broken(tmp_path, bad)
+    if bad == "NaN":  # on the grid of the others, so that the content is what is wrong
+        write(path, nib.load(path).get_fdata().astype(np.float32))
+        message = "expected finite values, found .*NaN or infinite"
+    paths = {"lpet": files[0], "spet": files[0], "restored": files[0], role: path}
+    before = tree(tmp_path)
+    arguments = [part for key, value in paths.items() for part in (f"--{key}", value)]
+    line = refused(run("evaluate", *arguments, "--json", files[2] / "n.json"), message)
+    assert str(path) in line
+    assert tree(tmp_path) == before
+
+
+def test_evaluate_refuses_an_empty_mask(tmp_path, files):
+    empty = write(tmp_path / "empty.nii.gz", np.zeros_like(head()))
+    refused(
+        run("evaluate", "--lpet", files[0], "--spet", files[0], "--restored", files[0], "--mask", empty),
+        "empty.nii.gz: expected a brain mask",
+    )
+
+
+# ---- bad weights, settings and places ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["missing", "truncated", "text", "empty", "no card", "other sizes", "folder"])
+def test_restore_refuses_bad_weights(tmp_path, files, weights, bad):
+    from safetensors.torch import load_file, save_file
+
+    path, raw = tmp_path / "w.safetensors", weights.read_bytes()
+    if bad == "truncated":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif bad in ("text", "empty"):
+        path.write_bytes(b"weights " * 100 if bad == "text" else b"")
+    elif bad == "folder":
+        path.mkdir()
+    elif bad != "missing":
+        card = {"model": {"fusion_widths": [8, 16, 32], "denoiser_widths": [16, 32, 64], "context": 3}}
+        save_file(load_file(weights), path, metadata=None if bad == "no card" else {"card": json.dumps(card)})
+    before = tree(tmp_path)
+    refused(
+        restore(*files[:2], files[2] / "out.nii.gz", path),
+        re.escape(str(path)) + ": expected (a weights file|weights saved by this package), found",
+    )
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dose-reduction", "0.5"], "dose_reduction: expected .*at least 1, found 0.5"),
+        (["--dose-reduction", "nan"], "dose_reduction: .*found nan"),
+        (["--samples", "0"], "n_samples: expected at least 1, found 0"),
+        (["--steps", "0"], "steps"),
+        (["--fidelity", "1.5"], "fidelity: expected 0 to 1, found 1.5"),
+        (["--seed", "-1"], "--seed: expected at least 0, found -1"),
+        (["--device", "abacus"], "device: expected one that this machine has, found 'abacus'"),
+        (["--std", "{out}/std.nii.gz"], "--std: expected --samples of at least 2, found 1"),
+        (["--std", "{out}/std.img", "--samples", "2"], "std.img: expected a name that ends in .nii.gz or .nii"),
+        (["--std", "{out}/out.nii.gz", "--samples", "2"], "out.nii.gz: expected outputs that differ"),
+    ],
+)
+def test_restore_refuses_bad_settings(tmp_path, files, weights, arguments, message):
+    before = tree(tmp_path)
+    arguments = [a.format(out=files[2]) for a in arguments]
+    refused(restore(*files[:2], files[2] / "out.nii.gz", weights, *arguments), message)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", [["--samples", "many"], ["--colour", "red"], ["--dose-reduction"]])
+def test_bad_usage_is_status_2(files, weights, arguments):
+    result = restore(*files[:2], files[2] / "out.nii.gz", weights, *arguments)
+    assert result.exit_code == 2 and arguments[0] in result.stderr and "Traceback" not in result.stderr
+
+
+def test_existing_outputs_need_force(tmp_path, files, weights):
+    lpet, mr, out = files
+    target = out / "out.nii.gz"
+    target.write_bytes(b"precious")
+    before = tree(tmp_path)
+    refused(restore(lpet, mr, target, weights), "out.nii.gz: exists already; choose another name or pass --force")
+    assert tree(tmp_path) == before
+    result = restore(lpet, mr, target, weights, "--force")
+    assert result.exit_code == 0, result.output
+    assert nib.load(target).shape == head().shape and [p.name for p in out.iterdir()] == ["out.nii.gz"]
+
+
+def test_simulate_and_evaluate_need_force_too(case, tmp_path):
+    before = tree(case)
+    refused(
+        run("simulate", "--out", case, "--slices", 2),
+        "lpet.nii.gz: exists already; choose another --out or pass --force",
+    )
+    path = tmp_path / "n.json"
+    path.write_text("precious")
+    lpet, spet = case / "lpet.nii.gz", case / "spet.nii.gz"
+    refused(
+        run("evaluate", "--lpet", lpet, "--spet", spet, "--restored", spet, "--json", path), "n.json: exists already"
+    )
+    assert tree(case) == before and path.read_text() == "precious"
+
+
+def test_an_output_is_never_an_input(tmp_path, files, weights):
+    lpet, mr, _ = files
+    link = tmp_path / "link.nii.gz"
+    link.symlink_to(lpet)
+    before = tree(tmp_path)
+    for target in (lpet, mr, link, lpet.parent / ".." / "in" / "lpet.nii.gz"):
+        refused(
+            restore(lpet, mr, target, weights, "--force"),
+            "expected outputs that differ from each other and from the inputs",
+        )
+    refused(
+        restore(lpet, mr, tmp_path / "o.nii", weights, "--force", "--report", weights), "expected outputs that differ"
+    )
+    refused(
+        run("evaluate", "--lpet", lpet, "--spet", mr, "--restored", mr, "--json", lpet, "--force"),
+        "expected outputs that differ",
+    )
+    assert tree(tmp_path) == before and weights.stat().st_size > 1e5
+
+
+@pytest.mark.parametrize("place", ["below a file", "no such folder", "a folder"])
+def test_restore_refuses_a_place_it_cannot_write(tmp_path, files, weights, place):
+    # Root may write anywhere: a path below a regular file stops even root.
+    target = {
+        "below a file": files[0] / "out.nii.gz",
+        "no such folder": tmp_path / "none" / "out.nii.gz",
+        "a folder": tmp_path / "folder.nii.gz",
+    }[place]
+    if place == "a folder":
+        target.mkdir()
+    before = tree(tmp_path)
+    refused(restore(*files[:2], target, weights, "--force"), "expected a (folder|file|place) to write", "; ")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["simulate", "train"])
+@pytest.mark.parametrize("below", [False, True])
+def test_folders_that_cannot_be_made(tmp_path, command, below):
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file" / "folder" if below else tmp_path / "file"
+    before = tree(tmp_path)
+    refused(
+        run(command, "--out", target),
+        re.escape(str(target)) + ": expected a folder to write into, found a file at .*file; choose another --out",
+    )
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--slices", "0"], "--slices: expected at least 1, found 0"),
+        (["--seed", "-1"], "--seed: expected at least 0, found -1"),
+        (["--anatomy", "atlantis"], "'atlantis' is not known; expected one of icbm152"),
+        (["--shift", "winter"], "shift: expected one of edge-scanner, low-contrast, t2-mr, found 'winter'"),
+        (["--dose-reduction", "0.2", "--slices", "1"], "dose_reduction: .*found 0.2"),
+        (["--dose-reduction", "inf", "--slices", "1"], "dose_reduction: .*found inf"),
+    ],
+)
+def test_simulate_refuses(tmp_path, arguments, message):
+    refused(run("simulate", "--out", tmp_path / "new", *arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stepps=3"], "unknown key 'stepps'; known keys are .*steps"),
+        (["name=mine"], "unknown key 'name'"),
+        (["=3"], "unknown key ''"),
+        (["steps"], "steps: expected key=value, found no '='"),
+        (["steps=many"], "steps: expected int, found 'many'"),
+        (["steps=0"], "steps: expected at least 1, found 0"),
+        (["dose_range=20"], "dose_range: expected"),
+        (["--profile", "huge"], "profile: expected one of smoke, cpu, gpu, found 'huge'"),
+        (["--device", "abacus"], "device: expected"),
+    ],
+)
+def test_train_refuses(tmp_path, arguments, message):
+    refused(run("train", "--out", tmp_path / "run", "--profile", "smoke", *arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_refuses_an_unwritable_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MFDIFF_CACHE", str(tmp_path / "file" / "cache"))
+    refused(
+        run("train", "--out", tmp_path / "run", "--profile", "smoke"),
+        "file/cache/.*: expected a writable cache, found .*; set MFDIFF_CACHE",
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ---- what may still go wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C; nothing half-written"),
+        (MemoryError(), 1, "not enough memory"),
+        (RuntimeError("a\nb"), 1, r"internal fault \(RuntimeError: a b\); set MFDIFF_DEBUG=1"),
+    ],
+)
+def test_faults_have_their_status_and_no_traceback(files, weights, monkeypatch, fault, status, message):
+    def fail(*args, **kwargs):
+        raise fault
+
+    monkeypatch.delenv("MFDIFF_DEBUG", raising=False)
+    monkeypatch.setattr(MFdiff, "restore", fail)
+    result = restore(*files[:2], files[2] / "out.nii.gz", weights)
+    assert result.exit_code == status and re.search(message, result.stderr) and len(result.stderr.splitlines()) == 1
+    assert list(files[2].iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, files, weights, monkeypatch):
+    """The write fails half-way: exit 2, the file is named, no partial file stays."""
+
+    def full(self, name, *args, **kwargs):
+        with open(name, "wb") as stream:
+            stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    before = tree(tmp_path)
+    monkeypatch.setattr(nib.Nifti1Image, "to_filename", full)
+    refused(
+        restore(*files[:2], files[2] / "out.nii.gz", weights),
+        "out.nii.gz: could not be written .No space left on device.; check space",
+    )
+    assert tree(tmp_path) == before
+
+
+def test_help_names_every_option_with_its_meaning():
+    commands = {
+        "restore": cli.restore,
+        "simulate": cli.simulate,
+        "evaluate": cli.evaluate,
+        "train": cli.train,
+        "info": cli.info,
+    }
+    units = {
+        "restore": [
+            "3-D NIfTI",
+            "any orientation",
+            "dose-reduction factor: standard-dose counts / counts of the LPET",
+            "SD of the samples",
+            "0 to 1",
+            "HTML",
+        ],
+        "simulate": ["axial slices", "dose-reduction factor", "(.nii.gz)", "edge-scanner, low-contrast, t2-mr"],
+        "evaluate": ["on the LPET's grid", "PSNR, SSIM, NRMSE", "brain mask"],
+        "train": ["key=value", "smoke (seconds), cpu", "checkpoint"],
+        "info": ["Versions"],
+    }
+    overview = run("--help").stdout
+    for name, function in commands.items():
+        text = " ".join(run(name, "--help").stdout.split())
+        for parameter in inspect.signature(function).parameters:
+            option = {"json_out": "--json", "settings": "[settings]"}.get(parameter, "--" + parameter.replace("_", "-"))
+            assert option in text, (name, option)
+        for words in units[name]:
+            assert words in text, (name, words)
+        assert name in overview
+    assert "not a medical device" in " ".join(overview.split())
+
+
+# ---- as a process of its own ---------------------------------------------------------------------------------------
+
+
+def one_sentence(outcome, message):
+    status, stdout, stderr = outcome
+    assert status == 2 and stdout == "" and "Traceback" not in stderr
+    assert len(stderr.splitlines()) == 1 and re.match(f"mfdiff_lite: .*{message}", stderr), stderr
+
+
+def test_process_damaged_header(tmp_path, files, weights):
+    # nibabel would print a line of its own here.
+    path, _, message = broken(tmp_path, "damaged header")
+    before = tree(tmp_path)
+    outcome = process("restore", "--lpet", path, "--mr", files[1], "--out", files[2] / "o.nii.gz", "--weights", weights)
+    one_sentence(outcome, re.escape(str(path)) + ": " + message)
+    assert tree(tmp_path) == before
+
+
+def test_process_corrupted_weights(tmp_path, files):
+    (tmp_path / "w.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      garbage")
+    before = tree(tmp_path)
+    outcome = process(
+        "restore",
+        "--lpet",
+        files[0],
+        "--mr",
+        files[1],
+        "--out",
+        files[2] / "o.nii.gz",
+        "--weights",
+        tmp_path / "w.safetensors",
+    )
+    one_sentence(outcome, "w.safetensors: expected weights saved by this package")
+    assert tree(tmp_path) == before
+
+
+def test_process_existing_output(tmp_path, files):
+    before = tree(tmp_path)
+    one_sentence(
+        process("restore", "--lpet", files[0], "--mr", files[1], "--out", files[1].with_name("mr.nii.gz")),
+        "expected outputs that differ",
+    )
+    assert tree(tmp_path) == before
+
+
+def test_process_unwritable_cache(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    outcome = process(
+        "train", "--out", tmp_path / "run", "--profile", "smoke", MFDIFF_CACHE=str(tmp_path / "file" / "cache")
+    )
+    one_sentence(outcome, "expected a writable cache")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_process_good(tmp_path, files, weights):
+    status, stdout, stderr = process(
+        "restore",
+        "--lpet",
+        files[0],
+        "--mr",
+        files[1],
+        "--out",
+        tmp_path / "o.nii.gz",
+        "--weights",
+        weights,
+        "--samples",
+        1,
+        "--steps",
+        1,
+    )
+    assert status == 0 and "Traceback" not in stderr and f"wrote {tmp_path / 'o.nii.gz'}" in stdout
+    assert nib.load(tmp_path / "o.nii.gz").shape == head().shape

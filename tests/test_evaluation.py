@@ -1,0 +1,140 @@
+"""Tables: the right numbers in the right rows, intervals over patients, and a README that says what was measured."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio
+
+from mfdiff_lite import metrics
+from mfdiff_lite.baselines import gaussian, tune_gaussian
+from mfdiff_lite.evaluation import Table, brain_mask, compare, evaluate, summarise
+from mfdiff_lite.scan import Lesion, Scan
+
+ROOT = Path(__file__).parents[1]
+
+
+def case(seed=0, noise=1.0):
+    rng = np.random.default_rng(seed)
+    spet = np.full((32, 32, 6), 5.0)
+    spet[:16] = 10
+    lpet = np.clip(spet + noise * rng.standard_normal(spet.shape), 0, None)
+    mask = np.zeros(spet.shape, bool)
+    mask[4:28, 4:28] = True
+    return Scan(lpet, None, spet, activity=spet * 1.1, mask=mask, name=f"case-{seed}")
+
+
+def restoration(scan, mean):
+    return SimpleNamespace(mean=mean, coarse=scan.spet + 2, samples=[scan.spet + 1], settings={"n_samples": 4})
+
+
+def test_compare_scores_each_image_against_the_reference_it_names():
+    scan = case()
+    rows = compare(scan, restoration(scan, scan.spet + 0.5)).rows
+    assert list(rows) == ["LPET", "Gaussian", "coarse", "one sample", "mean of 4 samples"]
+    for name, offset in (("coarse", 2), ("one sample", 1), ("mean of 4 samples", 0.5)):
+        assert rows[name]["psnr"] == pytest.approx(20 * np.log10(10 / offset), abs=1e-4)
+    inside = scan.mask
+    expected = peak_signal_noise_ratio(scan.spet[inside], scan.lpet[inside], data_range=10)
+    assert rows["LPET"]["psnr"] == pytest.approx(expected, abs=1e-4)
+    truth = compare(scan, {"x": scan.activity}, against="truth").rows
+    assert truth["x"]["psnr"] == np.inf and truth["x"]["ssim"] == pytest.approx(1)
+
+
+def test_compare_refuses_what_it_cannot_do():
+    scan = case()
+    scan.spet = None
+    with pytest.raises(ValueError, match="spet"):
+        compare(scan, {"x": scan.lpet})
+
+
+def test_lesion_columns_appear_only_with_known_lesions():
+    scan = case()
+    assert "contrast_kept" not in compare(scan, {}).rows["LPET"]
+    scan.tissues = scan.mask.astype(np.uint8)
+    scan.lesions = np.zeros(scan.lpet.shape, np.uint8)
+    scan.lesions[8:11, 14:17, 2:4] = 1
+    scan.lesion_table = (Lesion(1, "pet-only", True, 3.0),)
+    scan.spet[scan.lesions == 1] = 20
+    rows = compare(scan, {"same": scan.spet}).rows
+    assert rows["same"]["contrast_kept"] == pytest.approx(1)
+    assert 0 < rows["Gaussian"]["contrast_kept"] < 0.8
+
+
+def test_the_table_prints_units_and_signs_and_escapes_names():
+    table = Table("t", {"<b>": {"psnr": 20.0, "activity_bias": -0.015}, "b": {"psnr": float("nan")}})
+    assert "20.00" in str(table) and "-1.5 %" in str(table) and "PSNR [dB]" in str(table)
+    assert "&lt;b&gt;" in table._repr_html_() and "<b>" not in table._repr_html_()
+
+
+def test_evaluate_averages_over_patients_not_over_voxels():
+    scans = [case(seed, noise) for seed, noise in ((0, 1.0), (1, 3.0))]
+    result = evaluate({"half": lambda s: s.spet * 0.5}, scans)
+    single = [metrics.psnr(s.lpet, s.spet, s.mask) for s in scans]
+    cell = result["summary"]["spet"]["LPET"]["psnr"]
+    assert cell["mean"] == pytest.approx(np.mean(single)) and cell["n"] == 2
+    assert min(single) - 1e-9 <= cell["ci95"][0] <= cell["ci95"][1] <= max(single) + 1e-9
+    assert result["summary"]["spet"]["half"]["activity_bias"]["mean"] == pytest.approx(-0.5)
+    assert result["summary"]["truth"]["half"]["activity_bias"]["mean"] == pytest.approx(0.5 / 1.1 - 1, abs=1e-6)
+    json.dumps(result)
+
+
+def test_summary_leaves_out_patients_without_a_value():
+    rows = [{"m": {"mr_leak": 0.2}}, {"m": {"mr_leak": float("nan")}}]
+    assert summarise(rows)["m"]["mr_leak"]["n"] == 1 and summarise(rows)["m"]["mr_leak"]["mean"] == pytest.approx(0.2)
+
+
+def test_the_rough_mask_never_sees_the_spet():
+    scan = case()
+    scan.mask = None
+    before = brain_mask(scan)
+    scan.spet = scan.spet[::-1] * 3
+    assert np.array_equal(before, brain_mask(scan))
+
+
+def test_gaussian_keeps_activity_and_is_tuned_to_the_noise():
+    impulse = np.zeros((41, 41, 1), np.float32)
+    impulse[20, 20] = 1
+    out = gaussian(impulse, (2.0, 2.0, 2.0), fwhm=8.0)
+    assert out.sum() == pytest.approx(1, rel=1e-4)
+    assert out[20, 22, 0] / out[20, 20, 0] == pytest.approx(0.5, abs=0.01)  # half of the maximum at 4 mm
+    assert tune_gaussian([case(noise=4.0)]) > tune_gaussian([case(noise=0.5)])
+
+
+# --- results/ and the README -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results_script():
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_what_the_results_files_hold(results_script):
+    stored = json.loads((ROOT / "results" / "restore.json").read_text())
+    block = (ROOT / "README.md").read_text().split("<!-- results:start -->\n")[1].split("<!-- results:end -->")[0]
+    assert block == results_script.readme_block(stored["tables"], stored["setting"])
+
+
+def test_targets_are_judged_by_their_own_numbers():
+    rows = json.loads((ROOT / "results" / "targets.json").read_text())
+    assert len({row["id"] for row in rows}) == len(rows) >= 15
+    for row in rows:
+        assert row["met"] == (row["value"] >= row["must"] if row["sense"] == ">=" else row["value"] <= row["must"]), (
+            row["id"]
+        )
+        assert row["command"] and row["revision"] and row["relation"]
+
+
+def test_the_stored_table_is_the_mean_of_the_stored_patients():
+    stored = json.loads((ROOT / "results" / "restore.json").read_text())
+    for table in stored["tables"].values():
+        for against in ("spet", "truth"):
+            for method, row in table["summary"][against].items():
+                values = [p[against][method]["psnr"] for p in table["patients"]]
+                assert row["psnr"]["mean"] == pytest.approx(np.mean(values))
