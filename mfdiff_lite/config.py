@@ -20,7 +20,7 @@ class Profile:
     name: str
     seed: int = 0
     # cohort
-    patients: int = 240  # virtual patients to train on, spread over TRAIN_ANATOMIES
+    patients: int = 320  # virtual patients to train on, spread over TRAIN_ANATOMIES
     validation_patients: int = 6
     slab: int = 16  # axial slices of each
     doses: int = 2  # low-dose reconstructions of each, dose reduction drawn from `dose_range`
@@ -28,15 +28,15 @@ class Profile:
     # model
     fusion_widths: tuple[int, ...] = (32, 64, 128)
     denoiser_widths: tuple[int, ...] = (32, 64, 128)
-    context: int = 3  # neighbouring slices of each modality that the fusion module sees
+    context: int = 5  # neighbouring slices of each modality that the fusion module sees
     # stage 1
-    steps: int = 6000
+    steps: int = 8000
     batch: int = 8
     crop: int = 96  # pixels
     learning_rate: float = 8e-4
     warmup: int = 200
     ema: float = 0.999
-    lesion_weight: float = 5.0  # of voxels in lesions with uptake, beside 1 for the brain
+    lesion_weight: float = 8.0  # of voxels in lesions with uptake, beside 1 for the brain
     no_mr: float = 0.08  # share of training slices without MR
     wrong_mr: float = 0.06  # ... with another patient's MR
     validate_every: int = 250
@@ -76,6 +76,7 @@ PROFILES = {
         doses=1,
         fusion_widths=(8, 16, 32),
         denoiser_widths=(8, 16, 32),
+        context=3,
         steps=40,
         batch=4,
         crop=96,

@@ -78,7 +78,7 @@ def train_stage1(
     model = MFdiff.from_profile(profile).to(accelerator.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=profile.learning_rate, weight_decay=1e-4)
-    step, seconds, curve = 0, 0.0, []
+    step, seconds, curve, revision = 0, 0.0, [], code_revision()
     if out is not None and resume and (out / CHECKPOINT).exists():
         step, seconds, curve = _load_checkpoint(out, profile, model, average, optimizer)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -125,7 +125,7 @@ def train_stage1(
                 raise KeyboardInterrupt
             yield TrainingState(step, profile.steps, dict(running), checked, list(curve), seconds, average)
     if out is not None and accelerator.is_main_process:
-        save_model(average, out / WEIGHTS, _card(profile, step, seconds, curve))
+        save_model(average, out / WEIGHTS, _card(profile, step, seconds, curve, revision))
 
 
 def learning_rate(profile: Profile, step: int) -> float:
@@ -248,12 +248,12 @@ def _load_checkpoint(
     return note["step"], note["seconds"], note["curve"]
 
 
-def _card(profile: Profile, step: int, seconds: float, curve: list) -> dict[str, Any]:
+def _card(profile: Profile, step: int, seconds: float, curve: list, revision: str) -> dict[str, Any]:
     return {
         "what": "MFdiff stage 1, exponential moving average of the weights",
         "profile": dataclasses.asdict(profile),
         "seed": profile.seed,
-        "revision": code_revision(),
+        "revision": revision,
         "steps": step,
         "training_minutes": round(seconds / 60, 1),
         "torch": torch.__version__,
