@@ -88,13 +88,26 @@ class GatedFusion(nn.Module):
 
     def attend(self, pn: Tensor, mn: Tensor) -> Tensor:
         """Each PET pixel looks at the MR pixels of its own window, which also bridges a small misregistration."""
+        q, k, v = self._windows(pn, mn)
+        found = F.scaled_dot_product_attention(q, k, v)
         rows = pn.shape[-2] // WINDOW
+        return rearrange(found, "(b h w) n (i j) c -> b (n c) (h i) (w j)", b=pn.shape[0], h=rows, i=WINDOW)
+
+    def attention(self, pn: Tensor, mn: Tensor) -> Tensor:
+        """Where each PET pixel looks, for pictures: weights (B, HEADS, H, W, WINDOW, WINDOW) over the MR pixels of its
+        window, softmax(q k / sqrt(c)), which sum to 1."""
+        q, k, _ = self._windows(pn, mn)
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1)
+        rows, split = pn.shape[-2] // WINDOW, {"i": WINDOW, "k": WINDOW}
+        return rearrange(weights, "(b h w) n (i j) (k l) -> b n (h i) (w j) k l", b=pn.shape[0], h=rows, **split)
+
+    def _windows(self, pn: Tensor, mn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of PET, keys and values of MR, each (windows, HEADS, pixels of the window, C / HEADS)."""
         to_windows = "b (n c) (h i) (w j) -> (b h w) n (i j) c"
         split = {"n": HEADS, "i": WINDOW, "j": WINDOW}
         q = rearrange(self.query(pn), to_windows, **split) + self.position[0]
         k, v = (rearrange(x, to_windows, **split) for x in self.key_value(mn).chunk(2, dim=1))
-        found = F.scaled_dot_product_attention(q, k + self.position[1], v)
-        return rearrange(found, "(b h w) n (i j) c -> b (n c) (h i) (w j)", b=pn.shape[0], h=rows, i=WINDOW)
+        return q, k + self.position[1], v
 
 
 class Encoder(nn.Module):

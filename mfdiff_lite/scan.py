@@ -179,9 +179,11 @@ class WorkingGrid:
     """The grid the model works on: RAS+, 2 mm, cut to a box round the head whose sides X and Y are multiples of 16.
 
     to(volume): (X, Y, Z) of the scan -> (x, y, z) of the box. back(volume, outside): the way back, `outside` (scan
-    grid) beyond the box. Reorientation is lossless; interpolation (cubic, after a low-pass when the voxels grow)
-    happens only if voxels differ from 2 mm.
+    grid) beyond the box and on its rim of air, where a convolution sees the edge. Reorientation is lossless;
+    interpolation (cubic, after a low-pass when the voxels grow) happens only if voxels differ from 2 mm.
     """
+
+    RIM = 2  # voxels of air at each side of the box in X and Y
 
     def __init__(self, scan: Scan):
         self.scan = scan
@@ -215,9 +217,8 @@ class WorkingGrid:
         spans, pads = [], []
         for axis, size in enumerate(self.shape[:2]):
             where = np.flatnonzero(head.any(axis=(1 - axis, 2)))
-            want = int(np.ceil((where[-1] - where[0] + 5) / 16) * 16)  # two voxels of air on each side
+            want = int(np.ceil((where[-1] - where[0] + 1 + 2 * self.RIM) / 16) * 16)
             start = (where[0] + where[-1] + 1 - want) // 2
-            start = max(0, min(start, size - want)) if want <= size else start
             spans.append(slice(max(start, 0), min(start + want, size)))
             pads.append((max(-start, 0), max(start + want - size, 0)))
         self.box, self.pad = (*spans, slice(None)), (*pads, (0, 0))
@@ -234,12 +235,14 @@ class WorkingGrid:
 
     def back(self, volume: np.ndarray, outside: np.ndarray) -> np.ndarray:
         unpad = tuple(slice(low, size - high) for (low, high), size in zip(self.pad, volume.shape, strict=True))
+        kept = np.zeros(volume.shape, bool)
+        kept[self.RIM : -self.RIM, self.RIM : -self.RIM] = True
         if not self.resampled:
             full = np.asarray(self._canonical(outside).dataobj, np.float32).copy()
-            full[self.box] = volume[unpad]
+            full[self.box] = np.where(kept[unpad], volume[unpad], full[self.box])
             return self._reoriented(full)
         inside, weight = np.zeros(self.shape, np.float32), np.zeros(self.shape, np.float32)
-        inside[self.box], weight[self.box] = volume[unpad], 1
+        inside[self.box], weight[self.box] = volume[unpad], kept[unpad]
         target = (self.scan.lpet.shape, self.scan.affine)
         inside, weight = (
             np.asarray(resample_from_to(nib.Nifti1Image(v, self.affine), target, order=order, mode="nearest").dataobj)

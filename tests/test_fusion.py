@@ -72,6 +72,19 @@ def test_attention_weights_average_the_values():
     assert torch.allclose(fuse.attend(randn(1, 8, 8, 8), constant), constant, atol=1e-5)
 
 
+def test_the_pictured_attention_is_the_one_that_is_used():
+    """Weights sum to 1, and the weighted sum of the window's values is what `attend` returns."""
+    torch.manual_seed(0)
+    fuse, p, m = GatedFusion(8), 3 * randn(1, 8, 8, 12), 3 * randn(1, 8, 8, 12, seed=1)
+    weights = fuse.attention(p, m)
+    assert torch.allclose(weights.sum((-2, -1)), torch.ones(1, 4, 8, 12), atol=1e-5)
+    v = fuse.key_value(m)[:, 8:].reshape(1, 4, 2, 8, 12)
+    x, y = 5, 9  # a pixel, and the window it lies in
+    rows, columns = slice(4, 8), slice(8, 12)
+    expected = torch.einsum("bnkl,bnckl->bnc", weights[:, :, x, y], v[..., rows, columns])
+    assert torch.allclose(fuse.attend(p, m)[0, :, x, y], expected.flatten(), atol=1e-5)
+
+
 def test_a_closed_gate_returns_the_pet_features_exactly():
     fuse, p, m = GatedFusion(8), randn(1, 8, 8, 8), randn(1, 8, 8, 8, seed=1)
     with torch.no_grad():

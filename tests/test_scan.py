@@ -489,6 +489,9 @@ def test_outside_the_box_stands_what_was_given():
     back = grid.back(np.zeros_like(grid.to(values)), outside)
     assert set(np.unique(back)) == {0.0, 7.0}
     assert (back[values > 0] == 0).all() and (back[:20] == 7).all()
+    # The rim of air belongs to the outside: at its edge a convolution sees padding.
+    extent = np.ptp(np.argwhere(back == 0), axis=0)[:2] + 1
+    assert (extent == np.array(grid.to(values).shape[:2]) - 2 * WorkingGrid.RIM).all()
 
 
 def test_a_slice_is_a_volume_of_one():
