@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mfdiff_lite import metrics
 from mfdiff_lite.anatomy import load_anatomy
-from mfdiff_lite.baselines import gaussian, tune_gaussian
+from mfdiff_lite.baselines import gaussian, tune
 from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES
 from mfdiff_lite.diffusion import NoiseSchedule, sample
 from mfdiff_lite.evaluation import COLUMNS, Table, evaluate, written
@@ -59,11 +59,11 @@ def choose_on_validation(model, quick: bool) -> dict:
     chosen: dict = {"patients": {}, "gaussian_fwhm_mm": {}, "fidelity": []}
     for name, shift in SHIFTS.items():
         cases = scans(VALIDATION_ANATOMIES, 2 if quick else 6, 8 if quick else 24, shift, first=500_000)
-        chosen["gaussian_fwhm_mm"][name] = tune_gaussian(cases)
+        chosen["gaussian_fwhm_mm"][name] = tune(gaussian, cases, fwhm=np.arange(2.0, 10.01, 0.5))["fwhm"]
         chosen["patients"][name] = len(cases)
         if shift is None:
             width = chosen["gaussian_fwhm_mm"][name]
-            gaussians = evaluate({"gaussian": lambda s, w=width: gaussian(s.lpet, s.voxel_size, w)}, cases)
+            gaussians = evaluate({"gaussian": lambda s, w=width: gaussian(s, w)}, cases)
             for fidelity in (0.0, 0.25, 0.5, 0.75, 1.0):
                 table = evaluate({"mean": lambda s, f=fidelity: model.restore(s, 4, fidelity=f).mean}, cases)
                 row = {key: value["mean"] for key, value in table["summary"]["spet"]["mean"].items()}
@@ -84,7 +84,7 @@ def measure(model, cases: list[Scan], fwhm: float, samples: int) -> dict:
         return restored[scan.name]
 
     methods = {
-        "Gaussian": lambda s: gaussian(s.lpet, s.voxel_size, fwhm),
+        "Gaussian": lambda s: gaussian(s, fwhm),
         "coarse": lambda s: once(s).coarse,
         "one sample": lambda s: once(s).samples[0],
         f"mean of {samples}": lambda s: once(s).mean,

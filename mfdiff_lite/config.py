@@ -11,6 +11,7 @@ from dataclasses import dataclass
 TRAIN_ANATOMIES = ("icbm152", "ahba-9861", "ahba-10021", "ahba-12876", "ahba-14380")
 VALIDATION_ANATOMIES = ("ahba-15496",)
 TEST_ANATOMIES = ("ahba-15697",)
+FUSIONS = ("gated", "concat", "pet")
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,12 @@ class Profile:
     doses: int = 2  # low-dose reconstructions of each, dose reduction drawn from `dose_range`
     dose_range: tuple[float, float] = (4.0, 100.0)
     # model
+    fusion: str = "gated"  # or a baseline in its place: "concat" (PET and MR in one encoder), "pet" (no MR)
     fusion_widths: tuple[int, ...] = (32, 64, 128)
-    denoiser_widths: tuple[int, ...] = (32, 64, 128)
+    denoiser_widths: tuple[int, ...] = (32, 64, 128)  # empty: no diffusion, a regression U-Net
     context: int = 5  # neighbouring slices of each modality that the fusion module sees
     # stage 1
-    steps: int = 8000
+    steps: int = 6500
     batch: int = 8
     crop: int = 96  # pixels
     learning_rate: float = 8e-4
@@ -61,6 +63,10 @@ class Profile:
             )
         if self.crop % 32 or not 32 <= self.crop <= 128:
             raise ValueError(f"crop: expected a multiple of 32 from 32 to 128, found {self.crop}")
+        if not self.fusion_widths:
+            raise ValueError("fusion_widths: expected channels of each scale, e.g. 32,64,128, found none")
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion: expected one of {', '.join(FUSIONS)}, found {self.fusion!r}")
         if self.context % 2 == 0 or not 1 <= self.context <= self.slab:
             raise ValueError(
                 f"context: expected an odd number of slices, at most slab = {self.slab}, found {self.context}"
@@ -124,8 +130,8 @@ def load_profile(name: str, /, **overrides: object) -> Profile:
 def _parsed(key: str, value: object, kind: type | types.GenericAlias) -> object:
     if typing.get_origin(kind) is tuple:
         item, *others = typing.get_args(kind)
-        parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
-        if isinstance(parts, (list, tuple)) and parts and (others == [...] or len(parts) == 1 + len(others)):
+        parts = [p for p in value.strip("()[] ").split(",") if p] if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)) and (others == [...] or len(parts) == 1 + len(others)):
             return tuple(_parsed(key, part, item) for part in parts)
     else:
         try:

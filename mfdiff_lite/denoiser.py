@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fusion import Decoder, Encoder, double, halve
+from .fusion import Decoder, Encoder, double, halve, zero_head
 from .layers import Embedding, ResidualBlock, dose_scalar
 
 
@@ -25,9 +25,7 @@ class ConditionalUNet(nn.Module):
         self.encoder = Encoder(4 + 4 + feature, widths, condition)
         self.middle = ResidualBlock(widths[-1], widths[-1], condition)
         self.decoder = Decoder(widths, condition)
-        self.head = nn.Conv2d(widths[0], 4, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero_head(widths[0])
 
     def forward(self, xt: Tensor, time: Tensor, lpet: Tensor, feature: Tensor, dose_reduction: Tensor) -> Tensor:
         condition = self.embed(time, dose_scalar(dose_reduction))

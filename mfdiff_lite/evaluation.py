@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from . import metrics
 from .baselines import gaussian
@@ -96,7 +97,7 @@ def compare(scan: Scan, restored: Any, against: str = "spet") -> Table:
         raise ValueError(
             f"compare: expected a scan with its {against}, found none; load it with spet_path, or simulate a patient"
         )
-    images = {"LPET": scan.lpet, "Gaussian": gaussian(scan.lpet, scan.voxel_size)}
+    images = {"LPET": scan.lpet, "Gaussian": gaussian(scan)}
     images |= restored if isinstance(restored, dict) else _images(restored)
     mask = brain_mask(scan)
     dose = f"{scan.name}, DRF {scan.dose_reduction:g}, against {'SPET' if against == 'spet' else 'truth'}"
@@ -136,6 +137,35 @@ def evaluate(methods: dict[str, Callable[[Scan], np.ndarray]], scans: Iterable[S
         "patients": patients,
         "summary": {key: summarise([p[key] for p in patients]) for key in ("spet", "truth") if key in patients[0]},
     }
+
+
+def audit_mr(
+    method: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
+    scan: Scan,
+    other_mr: np.ndarray,
+    against: str = "spet",
+) -> Table:
+    """What a method makes of an MR that is right, misregistered, another patient's, or missing: one row each.
+
+    method: any callable (lpet, mr) -> pet on the scan's grid; for "no MR" it gets `mr=None`. other_mr: (X, Y, Z), the
+    MR of another head. A method that degrades safely falls back to its own "no MR" row, however wrong the MR.
+    """
+    reference = scan.spet if against == "spet" else scan.activity
+    title = f"{scan.name}, DRF {scan.dose_reduction:g}, against {'SPET' if against == 'spet' else 'truth'}"
+    rows = {
+        name: score(_as_volume(method(scan.lpet, mr)), reference, brain_mask(scan), scan)
+        for name, mr in mr_conditions(scan, other_mr).items()
+    }
+    return Table(title, rows)
+
+
+def mr_conditions(scan: Scan, other_mr: np.ndarray) -> dict[str, np.ndarray | None]:
+    """The MRs of the audit by name. Shifts go along the first axis."""
+    shifts = {
+        f"MR shifted by {mm} mm": ndimage.shift(scan.mr, (mm / scan.voxel_size[0], 0, 0), order=1, mode="nearest")
+        for mm in (2, 4)
+    }
+    return {"right MR": scan.mr, **shifts, "another patient's MR": other_mr, "no MR": None}
 
 
 def summarise(patients: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:

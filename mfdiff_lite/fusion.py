@@ -14,6 +14,7 @@ interpretation.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,9 +51,7 @@ class MultiModalityFusion(nn.Module):
         self.mr_encoder = Encoder(4 * context, widths, condition)
         self.fuse = nn.ModuleList(GatedFusion(width) for width in widths)
         self.decoder = Decoder(widths, condition)
-        self.head = nn.Conv2d(widths[0], 4, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero_head(widths[0])
 
     def forward(self, lpet: Tensor, mr: Tensor, dose_reduction: Tensor) -> Fused:
         condition = self.embed(dose_scalar(dose_reduction))
@@ -64,6 +63,30 @@ class MultiModalityFusion(nn.Module):
         feature = self.decoder(fused, condition)
         coarse = smooth(lpet) + double(self.head(F.silu(feature)))
         return Fused(feature, coarse, gates[0].mean(1, keepdim=True), similarities[0].mean(1, keepdim=True))
+
+
+class PlainFusion(nn.Module):
+    """The baseline in its place: one encoder for all slices, with MR ("concat") or without ("pet"); nothing decides
+    what the MR may do. Same input and output, gate and similarity 0."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128), context: int = 3, with_mr: bool = True):
+        super().__init__()
+        condition = 2 * widths[0]
+        self.context, self.with_mr = context, with_mr
+        self.embed = Embedding(1, condition)
+        self.encoder = Encoder(4 * context * (1 + with_mr), widths, condition)
+        self.middle = ResidualBlock(widths[-1], widths[-1], condition)
+        self.decoder = Decoder(widths, condition)
+        self.head = zero_head(widths[0])
+
+    def forward(self, lpet: Tensor, mr: Tensor, dose_reduction: Tensor) -> Fused:
+        condition = self.embed(dose_scalar(dose_reduction))
+        images = torch.cat([lpet, mr], dim=1) if self.with_mr else lpet
+        features = self.encoder(halve(images), condition)
+        features[-1] = self.middle(features[-1], condition)
+        feature = self.decoder(features, condition)
+        nothing = torch.zeros_like(feature[:, :1])
+        return Fused(feature, smooth(lpet) + double(self.head(F.silu(feature))), nothing, nothing)
 
 
 class GatedFusion(nn.Module):
@@ -144,6 +167,14 @@ class Decoder(nn.Module):
         return x
 
 
+def zero_head(channels: int) -> nn.Conv2d:
+    """Features -> the four interleaved pixels of `double`; starts at zero, so that training starts at the Gaussian."""
+    head = nn.Conv2d(channels, 4, 3, padding=1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 def halve(image: Tensor) -> Tensor:
     """Pixel unshuffle: (B, C, 2H, 2W) -> (B, 4C, H, W), four times cheaper and nothing lost."""
     return rearrange(image, "b c (h i) (w j) -> b (c i j) h w", i=2, j=2)
@@ -174,3 +205,6 @@ def local_correlation(pn: Tensor, mn: Tensor, radius: int = 2) -> Tensor:
         return F.avg_pool2d(heads, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
 
     return pooled(pn * mn) / (pooled(pn * pn) * pooled(mn * mn) + 1e-6).sqrt()
+
+
+FUSIONS = {"gated": MultiModalityFusion, "concat": PlainFusion, "pet": partial(PlainFusion, with_mr=False)}

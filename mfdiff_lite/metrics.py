@@ -7,7 +7,7 @@ x: the image under test, reference: SPET or truth, both (X, Y, Z); mask: bool, t
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, stats
 from skimage.metrics import structural_similarity
 
 from .scan import Lesion
@@ -76,9 +76,10 @@ def contrast_kept(
     table: tuple[Lesion, ...],
     brain: np.ndarray,
     kind: str = "pet-only",
+    across: tuple[float, float] = (0.0, np.inf),
 ) -> float:
     """How much of the reference's lesion contrast x shows: slope of contrast in x on contrast in the reference, over
-    the lesions of a kind.
+    the lesions of a kind whose diameter [mm] lies in `across`.
 
     1 keeps all, 0 none. A slope through the origin, because single ratios explode for lesions of almost no contrast.
     NaN without lesions.
@@ -86,7 +87,7 @@ def contrast_kept(
     pairs = [
         [lesion_contrast(image, lesions, one.label, brain) for image in (x, reference)]
         for one in table
-        if one.kind == kind
+        if one.kind == kind and across[0] <= 2 * one.radius < across[1]
     ]
     pairs = np.array([p for p in pairs if np.isfinite(p).all()]).reshape(-1, 2)
     return float(pairs.prod(1).sum() / (pairs[:, 1] ** 2).sum()) if len(pairs) else float("nan")
@@ -103,6 +104,30 @@ def mr_leak(
     ]
     differences = np.abs([d for d in differences if np.isfinite(d)])
     return float(differences.mean()) if len(differences) else float("nan")
+
+
+def coverage(
+    mean: np.ndarray, sd: np.ndarray, reference: np.ndarray, mask: np.ndarray, level: float = 0.9, scale: float = 1.0
+) -> float:
+    """Share of the voxels in the mask whose reference lies in the central normal interval of `level`, mean +- z sd.
+
+    Right when it equals `level`. scale: a recalibration of the sd, see `calibration`.
+    """
+    z = stats.norm.ppf((1 + level) / 2)
+    return float(np.mean(np.abs(reference - mean)[mask] <= z * scale * sd[mask]))
+
+
+def calibration(mean: np.ndarray, sd: np.ndarray, reference: np.ndarray, mask: np.ndarray, level: float = 0.9) -> float:
+    """The factor on the sd with which the interval of `level` would cover exactly; fit it on validation patients."""
+    z = np.abs(reference - mean)[mask] / np.maximum(sd[mask], 1e-12)
+    return float(np.quantile(z, level) / stats.norm.ppf((1 + level) / 2))
+
+
+def texture(x: np.ndarray, region: np.ndarray, voxels: float = 2.0) -> float:
+    """SD of the fine structure in a region of even activity (eroded white matter, say): x minus a Gaussian of SD
+    `voxels` in the axial plane. In a SPET this is its noise."""
+    fine = x - ndimage.gaussian_filter(x, (voxels, voxels, 0), mode="nearest")
+    return float(fine[region].std())
 
 
 def mean_ci(values: np.ndarray | list[float], seed: int = 0, draws: int = 10_000) -> tuple[float, tuple[float, float]]:

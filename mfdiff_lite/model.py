@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .config import Profile
 from .denoiser import ConditionalUNet
 from .diffusion import NoiseSchedule, diffuse, sample, velocity
-from .fusion import Fused, MultiModalityFusion
+from .fusion import FUSIONS, Fused
 from .scan import ActivityScale, Scan, WorkingGrid, scale_mr, whole_file
 
 RESIDUAL = 0.2  # SD of SPET - coarse in scaled activity, roughly; makes x0 of order 1
@@ -41,17 +41,24 @@ FIDELITY, FIDELITY_SD = (
 
 
 class MFdiff(nn.Module):
-    """Fusion module and conditional denoiser under one loss. `card` says where the weights come from."""
+    """Fusion module and conditional denoiser under one loss. `card` says where the weights come from.
 
-    def __init__(self, fusion_widths: tuple[int, ...], denoiser_widths: tuple[int, ...], context: int = 3):
+    fusion: a name in `FUSIONS`, "gated" or one of the baselines. Empty denoiser_widths leave the denoiser out: what
+    remains is a regression U-Net whose samples all equal its coarse estimate.
+    """
+
+    def __init__(
+        self, fusion_widths: tuple[int, ...], denoiser_widths: tuple[int, ...], context: int = 3, fusion: str = "gated"
+    ):
         super().__init__()
         self.settings = {
             "fusion_widths": list(fusion_widths),
             "denoiser_widths": list(denoiser_widths),
             "context": context,
+            "fusion": fusion,
         }
-        self.fusion = MultiModalityFusion(tuple(fusion_widths), context)
-        self.denoiser = ConditionalUNet(tuple(denoiser_widths), feature=fusion_widths[0])
+        self.fusion = FUSIONS[fusion](tuple(fusion_widths), context)
+        self.denoiser = ConditionalUNet(tuple(denoiser_widths), fusion_widths[0]) if denoiser_widths else None
         self.schedule = NoiseSchedule()
         self.card: dict[str, Any] = {}
 
@@ -60,7 +67,7 @@ class MFdiff(nn.Module):
         """An untrained model of the profile's size, its initial weights drawn from the profile's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(profile.seed)
-            return cls(profile.fusion_widths, profile.denoiser_widths, profile.context)
+            return cls(profile.fusion_widths, profile.denoiser_widths, profile.context, profile.fusion)
 
     @property
     def n_parameters(self) -> int:
@@ -70,16 +77,16 @@ class MFdiff(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The losses of stage 1. batch: see `SliceDataset.batch`; t: (B,); noise: (B, 1, H, W). Returns scalars
-        "coarse" and "diffusion"."""
+        "coarse" and, with a denoiser, "diffusion"."""
         fused: Fused = self.fusion(batch["lpet"], batch["mr"], batch["dose"])
         residual = (batch["spet"] - fused.coarse) / RESIDUAL
-        x0 = residual.detach()  # the coarse estimate learns from its own loss alone
-        v = self._denoise(diffuse(x0, noise, t, self.schedule), t, batch["lpet"], fused.feature, batch["dose"])
         weight = batch["weight"] / batch["weight"].mean()
-        return {
-            "coarse": (weight * residual**2).mean(),
-            "diffusion": (weight * (v - velocity(x0, noise, t, self.schedule)) ** 2).mean(),
-        }
+        losses = {"coarse": (weight * residual**2).mean()}
+        if self.denoiser is not None:
+            x0 = residual.detach()  # the coarse estimate learns from its own loss alone
+            v = self._denoise(diffuse(x0, noise, t, self.schedule), t, batch["lpet"], fused.feature, batch["dose"])
+            losses["diffusion"] = (weight * (v - velocity(x0, noise, t, self.schedule)) ** 2).mean()
+        return losses
 
     def _denoise(self, xt: Tensor, t: Tensor, lpet: Tensor, feature: Tensor, dose: Tensor) -> Tensor:
         middle = lpet[:, lpet.shape[1] // 2, None]  # (B, 1, H, W)
@@ -104,6 +111,8 @@ class MFdiff(nn.Module):
         """
         fused: Fused = self.fusion(lpet, mr, dose)
         k = noise.shape[1]
+        if self.denoiser is None:
+            return repeat(fused.coarse, "b 1 h w -> b k h w", k=k), fused
         lpets, features, doses = (repeat(x, "b ... -> (b k) ...", k=k) for x in (lpet, fused.feature, dose))
         residual = sample(
             lambda xt, t: self._denoise(xt, t, lpets, features, doses),

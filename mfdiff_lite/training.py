@@ -102,7 +102,7 @@ def train_stage1(
                 group["lr"] = learning_rate(profile, step)
             losses = wrapped(batch, t[share].to(accelerator.device), noise[share].to(accelerator.device))
             optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(losses["coarse"] + losses["diffusion"])
+            accelerator.backward(sum(losses.values()))
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1

@@ -10,8 +10,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
 from mfdiff_lite import metrics
-from mfdiff_lite.baselines import gaussian, tune_gaussian
-from mfdiff_lite.evaluation import Table, brain_mask, compare, evaluate, summarise
+from mfdiff_lite.evaluation import Table, audit_mr, brain_mask, compare, evaluate, summarise
 from mfdiff_lite.scan import Lesion, Scan
 
 ROOT = Path(__file__).parents[1]
@@ -95,13 +94,19 @@ def test_the_rough_mask_never_sees_the_spet():
     assert np.array_equal(before, brain_mask(scan))
 
 
-def test_gaussian_keeps_activity_and_is_tuned_to_the_noise():
-    impulse = np.zeros((41, 41, 1), np.float32)
-    impulse[20, 20] = 1
-    out = gaussian(impulse, (2.0, 2.0, 2.0), fwhm=8.0)
-    assert out.sum() == pytest.approx(1, rel=1e-4)
-    assert out[20, 22, 0] / out[20, 20, 0] == pytest.approx(0.5, abs=0.01)  # half of the maximum at 4 mm
-    assert tune_gaussian([case(noise=4.0)]) > tune_gaussian([case(noise=0.5)])
+def test_the_audit_gives_each_mr_to_the_method_and_scores_what_it_makes():
+    """A method that copies the MR: each row has the score of the MR that it was given."""
+    scan = case()
+    scan.mr = np.random.default_rng(1).random(scan.lpet.shape).astype(np.float32) + 1
+    other = scan.mr[::-1].copy()
+    rows = audit_mr(lambda lpet, mr: lpet if mr is None else mr, scan, other).rows
+    moved = np.concatenate([np.repeat(scan.mr[:1], 2, 0), scan.mr[:-2]])  # 4 mm are two voxels
+    expected = {"right MR": scan.mr, "MR shifted by 4 mm": moved, "another patient's MR": other, "no MR": scan.lpet}
+    assert list(rows) == ["right MR", "MR shifted by 2 mm", "MR shifted by 4 mm", "another patient's MR", "no MR"]
+    for name, image in expected.items():
+        assert rows[name]["psnr"] == pytest.approx(metrics.psnr(image, scan.spet, scan.mask), abs=1e-4), name
+    truth = audit_mr(lambda lpet, mr: scan.activity, scan, other, against="truth")
+    assert {row["nrmse"] for row in truth.rows.values()} == {0.0}
 
 
 # --- results/ and the README -----------------------------------------------------------------------------------------

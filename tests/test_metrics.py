@@ -8,9 +8,22 @@ from scipy import ndimage
 from skimage.metrics import structural_similarity
 
 from mfdiff_lite import evaluation, metrics
-from mfdiff_lite.baselines import gaussian, tune_gaussian
+from mfdiff_lite.baselines import gaussian
 from mfdiff_lite.evaluation import brain_mask, compare, evaluate, score
-from mfdiff_lite.metrics import activity_bias, contrast_kept, lesion_contrast, mean_ci, mr_leak, nrmse, peak, psnr, ssim
+from mfdiff_lite.metrics import (
+    activity_bias,
+    calibration,
+    contrast_kept,
+    coverage,
+    lesion_contrast,
+    mean_ci,
+    mr_leak,
+    nrmse,
+    peak,
+    psnr,
+    ssim,
+    texture,
+)
 from mfdiff_lite.scan import ActivityScale, Lesion, Scan
 
 SHAPE = (40, 40, 12)
@@ -248,7 +261,7 @@ def test_compare_tables(reference, mask):
     table = compare(scan, {"mine": reference[..., :]})
     assert list(table.rows) == ["LPET", "Gaussian", "mine"]
     assert table.rows["mine"]["psnr"] == float("inf") and table.rows["LPET"] == score(scan.lpet, reference, mask)
-    smooth = gaussian(scan.lpet, scan.voxel_size)
+    smooth = gaussian(scan)
     assert table.rows["Gaussian"]["psnr"] == psnr(smooth, reference, mask)
     text = str(table)
     assert "against SPET" in text and "inf" in text and f"{table.rows['LPET']['psnr']:.2f}" in text
@@ -262,32 +275,53 @@ def test_compare_needs_its_reference(reference):
             compare(Scan(reference), {"x": reference}, against)
 
 
-# ---- baseline ------------------------------------------------------------------------------------------------------
+# ---- uncertainty and texture -----------------------------------------------------------------------------------------
 
 
-def test_gaussian_has_its_width_in_mm():
-    point = np.zeros((41, 41, 41), np.float32)
-    point[20, 20, 20] = 1
-    blurred = gaussian(point, (2.0, 2.0, 1.0), fwhm=6.0).astype(float)
-    assert blurred.sum() == pytest.approx(1, abs=1e-4)
-    for axis, voxel in enumerate((2.0, 2.0, 1.0)):
-        profile = blurred.sum(tuple({0, 1, 2} - {axis}))
-        width = np.sqrt((profile * ((np.arange(41) - 20) * voxel) ** 2).sum()) * 2.3548
-        assert width == pytest.approx(6.0, rel=0.02)
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.9])
+def test_coverage_of_a_true_normal_is_its_level(level):
+    rng = np.random.default_rng(0)
+    sd = rng.uniform(0.5, 2, (60, 60, 30))
+    drawn, everywhere = sd * rng.standard_normal(sd.shape), np.ones(sd.shape, bool)
+    n = sd.size
+    bound = 4 * np.sqrt(level * (1 - level) / n)  # four standard errors of a share
+    assert coverage(np.zeros_like(sd), sd, drawn, everywhere, level) == pytest.approx(level, abs=bound)
+    assert coverage(np.zeros_like(sd), sd, drawn, everywhere, level, scale=0.5) < level - 0.1
 
 
-def test_gaussian_leaves_the_axis_of_a_slice_alone():
-    image = np.random.default_rng(0).random((32, 32, 1)).astype(np.float32)
-    expected = ndimage.gaussian_filter(image[..., 0], 4.5 / 2.355 / 2, mode="nearest")
-    np.testing.assert_allclose(gaussian(image, (2.0, 2.0, 2.0))[..., 0], expected, rtol=1e-5)
+def test_calibration_finds_the_factor_that_was_forgotten():
+    rng = np.random.default_rng(1)
+    drawn, inside = 3 * rng.standard_normal((60, 60, 30)), np.ones((60, 60, 30), bool)
+    inside[:, :, :10] = False
+    drawn[~inside] = 1e6  # the mask is obeyed
+    factor = calibration(np.zeros_like(drawn), np.ones_like(drawn), drawn, inside)
+    assert factor == pytest.approx(3, rel=0.02)
+    covered = coverage(np.zeros_like(drawn), np.ones_like(drawn), drawn, inside, 0.9, factor)
+    assert covered == pytest.approx(0.9, abs=1e-3)
 
 
-def test_tune_gaussian_finds_the_best_width(reference, mask):
-    """The reference is the noisy image filtered with 5 mm: that width is the best."""
-    noisy = reference + np.abs(np.random.default_rng(0).normal(0, 1, SHAPE)).astype(np.float32)
-    scan = scan_of(noisy, gaussian(noisy, (2.0, 2.0, 2.0), 5.0) * np.float32(1.0001), mask=mask)
-    assert tune_gaussian([scan]) == 5.0
-    assert tune_gaussian([scan], np.array([3.0, 7.0])) in (3.0, 7.0)
+def test_texture_is_the_noise_and_not_the_slope():
+    """White noise of SD 2 on a ramp: the filter takes the ramp away and leaves sqrt(1 - 2 h(0) + sum h^2) of it."""
+    shape = (80, 80, 8)
+    noise = 2 * np.random.default_rng(0).standard_normal(shape)
+    region = np.zeros(shape, bool)
+    region[10:-10, 10:-10] = True
+    taps = np.exp(-0.5 * (np.arange(-8, 9) / 2.0) ** 2)
+    taps = np.outer(taps, taps) / taps.sum() ** 2
+    expected = 2 * np.sqrt(1 - 2 * taps[8, 8] + (taps**2).sum())
+    ramp = np.linspace(0, 50, 80)[:, None, None]
+    assert texture(noise + ramp, region) == pytest.approx(expected, rel=0.02)
+    assert texture(0 * noise + ramp, region) == pytest.approx(0, abs=1e-6)
+
+
+def test_contrast_kept_can_be_asked_by_size(lesion_case):
+    truth, lesions, table, brain = lesion_case
+    table = (table[0], Lesion(2, "pet-only", False, 2.0), table[2])
+    flat = truth.copy()
+    flat[lesions == 2] = 4.0  # the small one is gone
+    assert contrast_kept(flat, truth, lesions, table, brain, across=(8.0, 12.0)) == pytest.approx(1)
+    assert contrast_kept(flat, truth, lesions, table, brain, across=(2.0, 8.0)) == pytest.approx(0, abs=1e-6)
+    assert np.isnan(contrast_kept(flat, truth, lesions, table, brain, across=(20.0, 30.0)))
 
 
 # ---- mistakes seen in published code -------------------------------------------------------------------------------

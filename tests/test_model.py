@@ -201,6 +201,47 @@ def test_missing_weights_and_devices_say_what_to_do(tmp_path):
         pick_device("cuda:99")
 
 
+# --- baselines of the same house ------------------------------------------------------------------------------------
+
+
+def randomised(**settings):
+    torch.manual_seed(0)
+    made = MFdiff((8, 16, 32), context=3, **settings).eval()
+    for head in filter(None, (made.fusion.head, made.denoiser and made.denoiser.head)):
+        torch.nn.init.normal_(head.weight, std=0.05)
+    return made
+
+
+def test_the_pet_baseline_cannot_see_the_mr_and_concatenation_can():
+    lpet, mr = head()
+    scans = Scan(lpet, mr), Scan(lpet, mr[::-1].copy())
+    for kind, blind in (("pet", True), ("concat", False)):
+        one, two = (randomised(denoiser_widths=(8, 16, 32), fusion=kind).restore(s, 2).mean for s in scans)
+        assert np.array_equal(one, two) == blind, kind
+
+
+def test_a_regression_unet_has_no_spread_and_one_loss():
+    model, scan = randomised(denoiser_widths=(), fusion="concat"), Scan(*head())
+    restored = model.restore(scan, 3)
+    assert restored.std.max() == 0
+    np.testing.assert_allclose(restored.mean, restored.coarse, rtol=2e-3, atol=2e-3)  # samples are kept in float16
+    batch = {k: torch.rand(1, n, 32, 32) for k, n in (("lpet", 3), ("mr", 3), ("spet", 1), ("weight", 1))}
+    losses = model(batch | {"dose": torch.tensor([20.0])}, torch.tensor([3]), torch.randn(1, 1, 32, 32))
+    assert list(losses) == ["coarse"]
+
+
+def test_every_kind_of_fusion_is_saved_loaded_and_known_to_the_profile(tmp_path):
+    from mfdiff_lite import config, fusion
+
+    assert set(config.FUSIONS) == set(fusion.FUSIONS)
+    for kind in config.FUSIONS:
+        profile = load_profile("smoke", fusion=kind, denoiser_widths=())
+        model = MFdiff.from_profile(profile)
+        again = load_model(save_model(model, tmp_path / f"{kind}.safetensors", {}), "cpu")
+        assert type(again.fusion) is type(model.fusion) and again.denoiser is None
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
 # --- the weights that ship --------------------------------------------------------------------------------------------
 
 
