@@ -1,7 +1,9 @@
 """Tables: the right numbers in the right rows, intervals over patients, and a README that says what was measured."""
 
+import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from mfdiff_lite import metrics
 from mfdiff_lite.evaluation import Table, audit_mr, brain_mask, compare, evaluate, summarise
+from mfdiff_lite.model import MFdiff
 from mfdiff_lite.scan import Lesion, Scan
 
 ROOT = Path(__file__).parents[1]
@@ -112,12 +115,16 @@ def test_the_audit_gives_each_mr_to_the_method_and_scores_what_it_makes():
 # --- results/ and the README -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def results_script():
-    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def results_script():
+    return script("results")
 
 
 def test_the_readme_shows_what_the_results_files_hold(results_script):
@@ -143,3 +150,26 @@ def test_the_stored_table_is_the_mean_of_the_stored_patients():
             for method, row in table["summary"][against].items():
                 values = [p[against][method]["psnr"] for p in table["patients"]]
                 assert row["psnr"]["mean"] == pytest.approx(np.mean(values))
+
+
+# --- ablations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ablations(results_script):
+    sys.modules["results"] = results_script  # as when it is run from its own folder
+    return script("ablations")
+
+
+def test_a_replaced_part_has_the_parameters_of_the_one_it_replaces(ablations):
+    counts = {}
+    for name in ablations.VARIANTS:
+        counts[name] = MFdiff.from_profile(ablations.profile_of(name, 100)).n_parameters
+    for name, count in counts.items():
+        assert count == pytest.approx(counts["gated fusion"], rel=0.03), name
+
+
+def test_variants_share_budget_data_and_seed(ablations):
+    profiles = [dataclasses.asdict(ablations.profile_of(name, 123)) for name in ablations.VARIANTS]
+    for key in ("steps", "batch", "seed", "patients", "slab", "doses", "dose_range", "crop", "learning_rate", "ema"):
+        assert len({profile[key] for profile in profiles}) == 1, key
