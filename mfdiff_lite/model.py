@@ -104,8 +104,10 @@ class MFdiff(nn.Module):
         steps: int = STEPS,
         start: float = START,
         method: str = "dpm++",
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Fused]:
-        """Samples of scaled slices. lpet, mr: (B, context, H, W); dose: (B,); noise: (B, K, H, W), one map a sample.
+        """Samples of scaled slices. lpet, mr: (B, context, H, W); dose: (B,); noise: (B, K, H, W), one map a sample;
+        generator: of the fresh noise of "ddpm".
 
         Returns samples (B, K, H, W) and what the fusion module made of the slices.
         """
@@ -121,6 +123,7 @@ class MFdiff(nn.Module):
             steps,
             start,
             method,
+            generator=generator,
         )
         return fused.coarse + RESIDUAL * rearrange(residual, "(b k) 1 h w -> b k h w", k=k), fused
 
@@ -204,7 +207,8 @@ class MFdiff(nn.Module):
         )
         noise = paired_noise(n_samples, tuple(pet_slices.shape[-2:]), [seed, z])[None].to(device)
         doses = torch.full((1,), float(dose), device=device)
-        drawn, fused = self.restore_slices(pet_slices, mr_slices, doses, noise, steps, start, method)
+        fresh = torch.Generator(device).manual_seed(int(np.random.default_rng([seed, z, 1]).integers(2**62)))
+        drawn, fused = self.restore_slices(pet_slices, mr_slices, doses, noise, steps, start, method, fresh)
         cut = fused._replace(coarse=fused.coarse[..., :x, :y], gate=fused.gate[..., : (x + 1) // 2, : (y + 1) // 2])
         return drawn[0, :, :x, :y].cpu().numpy(), cut
 
