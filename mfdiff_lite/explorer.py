@@ -127,6 +127,8 @@ class _Case:
         mean = getattr(restored, "mean", None)  # of an array, a method
         given = {"LPET": scan.lpet, "SPET": scan.spet, "MR": scan.mr, "restored": restored if callable(mean) else mean}
         images = {name: _image(name, value, scan) for name, value in (given | arrays).items() if value is not None}
+        box = _head_box([np.asarray(image.dataobj) for name, image in images.items() if name in ("LPET", "MR")])
+        images = {name: image.slicer[box] for name, image in images.items()}
         volumes, affine = {name: np.asarray(image.dataobj) for name, image in images.items()}, images["LPET"].affine
         pet = next(volumes[name] for name in ("SPET", "restored", "LPET") if name in volumes)
         high = _bound(pet, 99.9, 1.0)
@@ -214,6 +216,16 @@ def _image(name: str, value: Any, scan: Scan) -> nib.Nifti1Image:
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: expected finite values, found NaN or infinite voxels; find out where they come from")
     return nib.as_closest_canonical(nib.Nifti1Image(array, scan.affine))
+
+
+def _head_box(volumes: list[np.ndarray], margin: int = 4) -> tuple[slice, slice, slice]:
+    """The box in X and Y outside which there is only air, with a margin; all slices keep their numbers."""
+    head = np.any([v > 0.1 * np.percentile(v, 99.5) for v in volumes], axis=0)
+    box = []
+    for axis in (0, 1):
+        where = np.flatnonzero(head.any(axis=(1 - axis, 2))) if head.any() else np.array([0, head.shape[axis]])
+        box.append(slice(max(0, int(where[0]) - margin), int(where[-1]) + 1 + margin))
+    return (*box, slice(None))
 
 
 def _bound(volume: np.ndarray, percentile: float, otherwise: float) -> float:

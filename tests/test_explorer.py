@@ -311,3 +311,16 @@ def test_panel_puts_the_patients_right_on_the_left_and_centres_mm():
     assert drawn.get_array()[50, 40] == 5.0 and drawn.origin == "lower"
     assert [text.get_text() for text in ax.texts] == ["R", "L"]
     assert ax.texts[0].get_position()[0] < ax.texts[1].get_position()[0]
+
+
+def test_air_is_cut_off_and_places_stay_right():
+    """A head of 10 x 12 voxels in a wide field of view: shown with a margin of 4, at the same place in mm."""
+    lpet = np.zeros((60, 64, 6), np.float32)
+    lpet[30:40, 20:32] = volume(shape=(10, 12, 6))
+    scan = Scan(lpet, affine=np.array([[2.0, 0, 0, -50], [0, 2, 0, -40], [0, 0, 2, 7], [0, 0, 0, 1]]))
+    view = explore(scan)
+    assert pixels(view).shape == (12 + 8, 10 + 8, 3)
+    assert "slice 4 of 6, z = 13.0 mm" in view.caption.value
+    view.plane.value = "sagittal"
+    view.slice.value = 5  # the first voxel of the head along x: voxel 30, at 10 mm
+    assert "x = 10.0 mm" in view.caption.value
