@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,28 @@ matplotlib.use("Agg")
 RESULTS = Path(__file__).parents[1] / "results"
 DOSE = 20
 SHIFTS = {"default scanner": None, "edge scanner": "edge-scanner"}
+# id: (relation, unit, sense, must, aim)
+GOALS = {
+    "gain_over_lpet_default": ("PSNR of the K=8 mean over the LPET, default scanner", "dB", ">=", 5.0, 7.0),
+    "gain_over_lpet_edge": ("PSNR of the K=8 mean over the LPET, edge scanner", "dB", ">=", 5.0, 7.0),
+    "gain_over_gaussian_default": ("... over the best 3-D Gaussian, tuned on validation", "dB", ">=", 1.5, None),
+    "gain_over_gaussian_edge": ("... over the best 3-D Gaussian on the edge scanner", "dB", ">=", 1.0, None),
+    "sampler_steps": ("PSNR lost by the warm-started steps against 50 DDIM steps from noise", "dB", "<=", 0.1, None),
+    "slice_seconds": ("one 128 x 128 slice, one sample", "s", "<=", 0.25, None),
+    "volume_seconds": ("64-slice volume, one sample", "s", "<=", 15.0, None),
+    "peak_memory": ("peak memory of a 64-slice volume", "GB", "<=", 1.5, None),
+    "memory_growth": ("peak memory of 64 slices minus that of 32", "GB", "<=", 0.1, None),
+    "adjoint": ("relative adjoint error of the projector", "", "<=", 1e-6, None),
+    "gaussian_sampler": ("DPM-Solver++ on a closed-form Gaussian, 100 steps, relative SD error", "", "<=", 1e-3, None),
+    "ddim_parity": ("largest difference to the diffusers DDIM trajectory", "", "<=", 1e-5, None),
+}
+for _scanner in ("default", "edge"):
+    GOALS |= {
+        f"activity_{_scanner}": (f"|brain activity / the LPET's - 1|, {_scanner} scanner", "%", "<=", 2.0, None),
+        f"contrast_kept_{_scanner}": (f"PET-only contrast kept (SPET = 1), {_scanner} scanner", "", ">=", 0.7, 0.9),
+        f"contrast_vs_gaussian_{_scanner}": (f"... minus the best Gaussian's, {_scanner} scanner", "", ">=", 0.0, None),
+        f"mr_leak_{_scanner}": (f"false contrast at MR-only lesions minus the LPET's, {_scanner}", "", "<=", 0.0, None),
+    }
 LESIONS = Randomisation(
     lesion_radius=(3.0, 7.0), lesions_per_100ml=(0.8, 1.2)
 )  # what the issue of PET-only lesions is judged on
@@ -196,47 +219,45 @@ def ddim_parity() -> float:
 
 
 class Targets:
-    """Rows of results/targets.json for one group; others stay as they are."""
+    """Rows of results/targets.json for one group; those of other groups stay as they are.
 
-    def __init__(self, group: str, command: str):
-        self.group, self.command, self.rows, self.revision = group, command, [], code_revision()
+    goals: id -> (relation, unit, sense, must, aim or None).
+    """
 
-    def add(
-        self,
-        name: str,
-        relation: str,
-        value: float,
-        unit: str,
-        sense: str,
-        must: float,
-        aim: float | None = None,
-        ci95=None,
-    ) -> None:
-        met = bool(value >= must if sense == ">=" else value <= must)
+    def __init__(self, group: str, goals: dict[str, tuple], command: str = "make results"):
+        self.group, self.goals, self.command, self.rows = group, goals, command, []
+        self.revision = code_revision()
+
+    def add(self, name: str, value: float, ci95: Iterable[float] | None = None) -> None:
+        relation, unit, sense, must, aim = self.goals[name]
         self.rows.append(
             {
                 "id": f"{self.group}.{name}",
                 "relation": relation,
                 "value": round(float(value), 9),
-                "ci95": ci95 and [round(float(c), 6) for c in ci95],
+                "ci95": None if ci95 is None else [round(float(c), 6) for c in ci95],
                 "unit": unit,
                 "sense": sense,
                 "must": must,
                 "aim": aim,
-                "met": met,
+                "met": bool(value >= must if sense == ">=" else value <= must),
                 "command": self.command,
                 "revision": self.revision,
             }
         )
 
+    def show(self) -> None:
+        for row in self.rows:
+            verdict = "met   " if row["met"] else "MISSED"
+            print(f"{verdict}  {row['id']:40} {row['value']:.4g} {row['unit']} ({row['sense']} {row['must']:g})")
+
     def write(self) -> None:
+        missing = sorted(set(self.goals) - {row["id"].partition(".")[2] for row in self.rows})
+        if missing:
+            raise RuntimeError(f"targets of group {self.group} that were never measured: {', '.join(missing)}")
         path = RESULTS / "targets.json"
-        others = (
-            [row for row in json.loads(path.read_text()) if not row["id"].startswith(f"{self.group}.")]
-            if path.exists()
-            else []
-        )
-        write_json("targets.json", others + self.rows)
+        held = json.loads(path.read_text()) if path.exists() else []
+        write_json("targets.json", [row for row in held if not row["id"].startswith(f"{self.group}.")] + self.rows)
 
 
 def write_json(name: str, content: object) -> None:
@@ -294,11 +315,12 @@ def readme_block(tables: dict, setting: dict) -> str:
     return "\n".join(lines)
 
 
-def write_readme(block: str) -> None:
+def write_readme(block: str, name: str = "results") -> None:
+    """Put a block between the README's marks of that name."""
     path = RESULTS.parent / "README.md"
-    before, rest = path.read_text().split("<!-- results:start -->")
-    after = rest.split("<!-- results:end -->")[1]
-    path.write_text(f"{before}<!-- results:start -->\n{block}<!-- results:end -->{after}")
+    before, rest = path.read_text().split(f"<!-- {name}:start -->")
+    after = rest.split(f"<!-- {name}:end -->")[1]
+    path.write_text(f"{before}<!-- {name}:start -->\n{block}<!-- {name}:end -->{after}")
 
 
 def as_table(title: str, summary: dict) -> Table:
@@ -312,7 +334,7 @@ def main(
 ) -> None:
     """Measure the shipped weights on the test anatomy."""
     model, samples = load_pretrained("cpu"), 8
-    targets = Targets("restore", "make results")
+    targets, mean = Targets("restore", GOALS), f"mean of {samples}"
     chosen = choose_on_validation(model, quick)
     tables = {}
     for name, shift in SHIFTS.items():
@@ -321,147 +343,45 @@ def main(
         for against in ("spet", "truth"):
             title = f"{name}, DRF {DOSE}, n = {len(cases)}, against {against}"
             print(f"\n{as_table(title, tables[name]['summary'][against])}")
-        mean, short = f"mean of {samples}", name.split()[0]
-        gain, ci = paired(tables[name], mean, "LPET", "psnr")
-        over, over_ci = paired(tables[name], mean, "Gaussian", "psnr")
+        judge(targets, tables[name], mean, name.split()[0])
         if shift is None:
-            targets.add(
-                "gain_over_lpet",
-                f"PSNR of the K=8 mean over the LPET, {name}, test anatomy",
-                gain,
-                "dB",
-                ">=",
-                5.0,
-                7.0,
-                ci,
-            )
-            targets.add(
-                "gain_over_gaussian",
-                "over the best 3-D Gaussian (tuned on validation)",
-                over,
-                "dB",
-                ">=",
-                1.5,
-                None,
-                over_ci,
-            )
-            agreement, agreement_ci = sampler_agreement(model, cases[: 2 if quick else 4], 4 if quick else 12)
+            agreement, ci = sampler_agreement(model, cases[: 2 if quick else 4], 4 if quick else 12)
+            targets.add("sampler_steps", -agreement, sorted(-c for c in ci))
             if not quick:
                 picture(model, cases[0])
-        else:
-            targets.add(
-                "gain_over_lpet_edge", f"PSNR of the K=8 mean over the LPET, {name}", gain, "dB", ">=", 5.0, 7.0, ci
-            )
-            targets.add(
-                "gain_over_gaussian_edge",
-                "over the best 3-D Gaussian on the second scanner",
-                over,
-                "dB",
-                ">=",
-                1.0,
-                None,
-                over_ci,
-            )
-        bias = [p["spet"][mean]["activity_bias"] - p["spet"]["LPET"]["activity_bias"] for p in tables[name]["patients"]]
-        value, ci = metrics.mean_ci(np.abs(bias))
-        targets.add(
-            f"activity_{short}",
-            f"|total brain activity relative to the LPET's - 1|, {name}",
-            100 * value,
-            "%",
-            "<=",
-            2.0,
-            None,
-            np.multiply(ci, 100),
-        )
-        kept, kept_ci = paired(tables[name], mean, "Gaussian", "contrast_kept")
-        targets.add(
-            f"contrast_vs_gaussian_{short}",
-            f"PET-only contrast kept minus the best Gaussian's, {name}",
-            kept,
-            "",
-            ">=",
-            0.0,
-            None,
-            kept_ci,
-        )
-        own = tables[name]["summary"]["spet"][mean]["contrast_kept"]
-        targets.add(
-            f"contrast_kept_{short}",
-            f"PET-only contrast kept (SPET = 1), {name}",
-            own["mean"],
-            "",
-            ">=",
-            0.7,
-            0.9,
-            own["ci95"],
-        )
-        leak, leak_ci = paired(tables[name], mean, "LPET", "mr_leak", "truth")
-        targets.add(
-            f"mr_leak_{short}",
-            f"false contrast at MR-only lesions minus the LPET's own, {name}",
-            leak,
-            "",
-            "<=",
-            0.0,
-            None,
-            leak_ci,
-        )
-    targets.add(
-        "sampler_steps",
-        f"PSNR lost by {STEPS} warm-started steps against 50 DDIM steps from noise",
-        -agreement,
-        "dB",
-        "<=",
-        0.1,
-        None,
-        sorted(-c for c in agreement_ci),
-    )
-    targets.add("slice_seconds", "one 128 x 128 slice, one sample", seconds_per_slice(model), "s", "<=", 0.25)
     costs = [volume_cost(n) for n in (32, 64)]
-    targets.add("volume_seconds", "64-slice volume, one sample", costs[1]["seconds"], "s", "<=", 15.0)
-    targets.add("peak_memory", "peak memory of a 64-slice volume", costs[1]["peak_gb"], "GB", "<=", 1.5)
-    targets.add(
-        "memory_growth",
-        "peak memory of 64 slices minus that of 32",
-        costs[1]["peak_gb"] - costs[0]["peak_gb"],
-        "GB",
-        "<=",
-        0.1,
-    )
-    targets.add("adjoint", "relative adjoint error of the projector", adjoint_error(), "", "<=", 1e-6)
-    targets.add(
-        "gaussian_sampler",
-        "DPM-Solver++ on a closed-form Gaussian, 100 steps, relative SD error",
-        gaussian_sampler_error(),
-        "",
-        "<=",
-        1e-3,
-    )
-    targets.add("ddim_parity", "largest difference to the diffusers DDIM trajectory", ddim_parity(), "", "<=", 1e-5)
+    targets.add("slice_seconds", seconds_per_slice(model))
+    targets.add("volume_seconds", costs[1]["seconds"])
+    targets.add("peak_memory", costs[1]["peak_gb"])
+    targets.add("memory_growth", costs[1]["peak_gb"] - costs[0]["peak_gb"])
+    targets.add("adjoint", adjoint_error())
+    targets.add("gaussian_sampler", gaussian_sampler_error())
+    targets.add("ddim_parity", ddim_parity())
     print()
-    for row in targets.rows:
-        print(
-            f"{'met   ' if row['met'] else 'MISSED'}  {row['id']:36} "
-            f"{row['value']:.4g} {row['unit']} ({row['sense']} {row['must']:g})"
-        )
+    targets.show()
     if quick:
         return
     targets.write()
     fidelity_picture(chosen)
-    setting = {
-        "dose_reduction": DOSE,
-        "samples": samples,
-        "steps": STEPS,
-        "start": START,
-        "fidelity": FIDELITY,
-        "revision": targets.revision,
-    }
-    write_json(
-        "restore.json", {"setting": setting, "tables": tables, "cost": costs, "torch_threads": torch.get_num_threads()}
-    )
+    setting = {"dose_reduction": DOSE, "samples": samples, "steps": STEPS, "start": START, "fidelity": FIDELITY}
+    setting["revision"] = targets.revision
+    threads = torch.get_num_threads()
+    write_json("restore.json", {"setting": setting, "tables": tables, "cost": costs, "torch_threads": threads})
     write_json("validation.json", chosen)
     write_readme(readme_block(tables, setting))
+
+
+def judge(targets: Targets, table: dict, mean: str, scanner: str) -> None:
+    """The targets of one scanner, from its table of patients."""
+    targets.add(f"gain_over_lpet_{scanner}", *paired(table, mean, "LPET", "psnr"))
+    targets.add(f"gain_over_gaussian_{scanner}", *paired(table, mean, "Gaussian", "psnr"))
+    rows = [p["spet"] for p in table["patients"]]
+    bias, ci = metrics.mean_ci([abs(r[mean]["activity_bias"] - r["LPET"]["activity_bias"]) for r in rows])
+    targets.add(f"activity_{scanner}", 100 * bias, np.multiply(ci, 100))
+    targets.add(f"contrast_vs_gaussian_{scanner}", *paired(table, mean, "Gaussian", "contrast_kept"))
+    own = table["summary"]["spet"][mean]["contrast_kept"]
+    targets.add(f"contrast_kept_{scanner}", own["mean"], own["ci95"])
+    targets.add(f"mr_leak_{scanner}", *paired(table, mean, "LPET", "mr_leak", "truth"))
 
 
 if __name__ == "__main__":
