@@ -1,6 +1,6 @@
 """The evidence beyond one table: classical baselines, an MR audit, lesions by size, uncertainty and texture.
 
-    make evidence                       # about 25 minutes on 2 cores; ARGS=--quick for a look
+    make results                        # runs results.py, then this: 40 minutes on 2 cores; ARGS=--quick for a look
 
 Filters are tuned, and the recalibration of the SD is fitted, on validation patients; test patients are touched once.
 Writes results/evidence.json, results/audit.png, results/reliability.png, the rows of group "evidence" in
@@ -153,7 +153,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="2 patients, few slices, nothing written")] = False,
 ) -> None:
     """Measure the shipped weights against filters, wrong MRs and their own uncertainty."""
-    model, targets = load_pretrained("cpu"), Targets("evidence", GOALS, "make evidence")
+    model, targets = load_pretrained("cpu"), Targets("evidence", GOALS)
     tuned, validation = tune_all(quick)
     drawn = [model.restore(s, K) for s in tqdm(validation, desc="calibration", unit="patient")]
     scale = float(

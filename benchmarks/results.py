@@ -224,9 +224,8 @@ class Targets:
     goals: id -> (relation, unit, sense, must, aim or None).
     """
 
-    def __init__(self, group: str, goals: dict[str, tuple], command: str = "make results"):
-        self.group, self.goals, self.command, self.rows = group, goals, command, []
-        self.revision = code_revision()
+    def __init__(self, group: str, goals: dict[str, tuple]):
+        self.group, self.goals, self.rows, self.revision = group, goals, [], code_revision()
 
     def add(self, name: str, value: float, ci95: Iterable[float] | None = None) -> None:
         relation, unit, sense, must, aim = self.goals[name]
@@ -241,7 +240,7 @@ class Targets:
                 "must": must,
                 "aim": aim,
                 "met": bool(value >= must if sense == ">=" else value <= must),
-                "command": self.command,
+                "command": "make results",
                 "revision": self.revision,
             }
         )
