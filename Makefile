@@ -23,11 +23,11 @@ STAMP_DEV := $(VENV)/.installed-dev
 stale      = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks train results ablations anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks train results results-check ablations anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "Settings: PYTHON=python3.12 (who makes .venv), TORCH=cpu (smaller download on Linux), ARGS='...' (passed on)"
 
 demo: $(STAMP)  ## restore one simulated head (notebook 00); say where the result is
@@ -59,6 +59,9 @@ train: $(STAMP)  ## train stage 1, or go on with it (PROFILE=cpu OUT=runs/stage1
 results: $(STAMP_DEV)  ## measure again every number and figure of the README
 	$(PY) benchmarks/results.py $(ARGS)
 	$(PY) benchmarks/evidence.py $(ARGS)
+
+results-check: $(STAMP_DEV)  ## measure the first patients again and compare with results/
+	$(PY) benchmarks/results.py --check
 
 ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at one budget (hours), and compare
 	$(PY) benchmarks/ablations.py $(ARGS)

@@ -330,9 +330,14 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="2 patients, few slices, nothing written: a look at the tables")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="measure the first patient again and compare with results/restore.json")
+    ] = False,
 ) -> None:
     """Measure the shipped weights on the test anatomy."""
     model, samples = load_pretrained("cpu"), 8
+    if check:
+        return check_stored(model)
     targets, mean = Targets("restore", GOALS), f"mean of {samples}"
     chosen = choose_on_validation(model, quick)
     tables = {}
@@ -368,6 +373,24 @@ def main(
     write_json("restore.json", {"setting": setting, "tables": tables, "cost": costs, "torch_threads": threads})
     write_json("validation.json", chosen)
     write_readme(readme_block(tables, setting))
+
+
+def check_stored(model, tolerance: float = 0.05) -> None:
+    """Fail unless the first patient of each scanner scores again what is stored, within `tolerance` [dB] of PSNR."""
+    stored, worst = json.loads((RESULTS / "restore.json").read_text()), 0.0
+    widths = json.loads((RESULTS / "validation.json").read_text())["gaussian_fwhm_mm"]
+    for name, shift in SHIFTS.items():
+        cases = scans(TEST_ANATOMIES, 1, 48, shift, first=900_000)
+        found = measure(model, cases, widths[name], stored["setting"]["samples"])["patients"][0]
+        held = stored["tables"][name]["patients"][0]
+        for against in ("spet", "truth"):
+            for method, row in found[against].items():
+                difference = row["psnr"] - held[against][method]["psnr"]
+                worst = max(worst, abs(difference))
+                print(f"{name}, {method}, against {against}: {row['psnr']:.3f} dB, stored {difference:+.3f} dB away")
+    if worst > tolerance:
+        sys.exit(f"results differ by {worst:.3f} dB, more than {tolerance}: run make results, and say why")
+    print(f"the stored results stand: largest difference {worst:.4f} dB")
 
 
 def judge(targets: Targets, table: dict, mean: str, scanner: str) -> None:
