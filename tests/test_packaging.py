@@ -44,6 +44,7 @@ ORDER = [
 ]
 CONDA_NAMES = {"pytorch": "torch"}
 IMPORT_NAMES = {  # where the import is not the distribution's name with _ for -
+    "ipython": "IPython",
     "pillow": "PIL",
     "pytest-xdist": "xdist",
     "pyyaml": "yaml",
