@@ -1,4 +1,4 @@
-"""Measure every number and figure of the README again: `make results` (about 15 minutes on 2 cores; `--quick` for a
+"""Measure every number and figure of the README again: `make results` (about 10 minutes on 2 cores; `--quick` for a
 look).
 
 Writes results/*.json, results/*.png and the rows of group "restore" in results/targets.json. Anything tuned is tuned on
@@ -36,6 +36,7 @@ from mfdiff_lite.training import code_revision
 matplotlib.use("Agg")
 RESULTS = Path(__file__).parents[1] / "results"
 DOSE = 20
+SLICES = {True: 8, False: 24}  # of each test patient, by `quick`
 SHIFTS = {"default scanner": None, "edge scanner": "edge-scanner"}
 # id: (relation, unit, sense, must, aim)
 GOALS = {
@@ -81,14 +82,14 @@ def choose_on_validation(model, quick: bool) -> dict:
     """The Gaussian's width for each scanner and the curve of fidelity: PSNR against contrast kept and leak."""
     chosen: dict = {"patients": {}, "gaussian_fwhm_mm": {}, "fidelity": []}
     for name, shift in SHIFTS.items():
-        cases = scans(VALIDATION_ANATOMIES, 2 if quick else 6, 8 if quick else 24, shift, first=500_000)
+        cases = scans(VALIDATION_ANATOMIES, 2 if quick else 4, 8 if quick else 16, shift, first=500_000)
         chosen["gaussian_fwhm_mm"][name] = tune(gaussian, cases, fwhm=np.arange(2.0, 10.01, 0.5))["fwhm"]
         chosen["patients"][name] = len(cases)
         if shift is None:
             width = chosen["gaussian_fwhm_mm"][name]
             gaussians = evaluate({"gaussian": lambda s, w=width: gaussian(s, w)}, cases)
             for fidelity in (0.0, 0.25, 0.5, 0.75, 1.0):
-                table = evaluate({"mean": lambda s, f=fidelity: model.restore(s, 4, fidelity=f).mean}, cases)
+                table = evaluate({"mean": lambda s, f=fidelity: model.restore(s, 2, fidelity=f).mean}, cases)
                 row = {key: value["mean"] for key, value in table["summary"]["spet"]["mean"].items()}
                 chosen["fidelity"].append({"fidelity": fidelity, **row})
             chosen["gaussian"] = {key: value["mean"] for key, value in gaussians["summary"]["spet"]["gaussian"].items()}
@@ -277,7 +278,7 @@ def fidelity_picture(chosen: dict) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4), facecolor="white")
     points = chosen["fidelity"]
-    axes.plot([p["contrast_kept"] for p in points], [p["psnr"] for p in points], "o-", label="mean of 4, by fidelity")
+    axes.plot([p["contrast_kept"] for p in points], [p["psnr"] for p in points], "o-", label="mean of 2, by fidelity")
     for p in points:
         axes.annotate(f"{p['fidelity']:g}", (p["contrast_kept"], p["psnr"]), textcoords="offset points", xytext=(6, 4))
     axes.plot(
@@ -342,14 +343,14 @@ def main(
     chosen = choose_on_validation(model, quick)
     tables = {}
     for name, shift in SHIFTS.items():
-        cases = scans(TEST_ANATOMIES, 2 if quick else 8, 8 if quick else 48, shift, first=900_000)
+        cases = scans(TEST_ANATOMIES, 2 if quick else 6, SLICES[quick], shift, first=900_000)
         tables[name] = measure(model, cases, chosen["gaussian_fwhm_mm"][name], samples)
         for against in ("spet", "truth"):
             title = f"{name}, DRF {DOSE}, n = {len(cases)}, against {against}"
             print(f"\n{as_table(title, tables[name]['summary'][against])}")
         judge(targets, tables[name], mean, name.split()[0])
         if shift is None:
-            agreement, ci = sampler_agreement(model, cases[: 2 if quick else 4], 4 if quick else 12)
+            agreement, ci = sampler_agreement(model, cases[: 2 if quick else 3], 4 if quick else 6)
             targets.add("sampler_steps", -agreement, sorted(-c for c in ci))
             if not quick:
                 picture(model, cases[0])
@@ -380,7 +381,7 @@ def check_stored(model, tolerance: float = 0.05) -> None:
     stored, worst = json.loads((RESULTS / "restore.json").read_text()), 0.0
     widths = json.loads((RESULTS / "validation.json").read_text())["gaussian_fwhm_mm"]
     for name, shift in SHIFTS.items():
-        cases = scans(TEST_ANATOMIES, 1, 48, shift, first=900_000)
+        cases = scans(TEST_ANATOMIES, 1, SLICES[False], shift, first=900_000)
         found = measure(model, cases, widths[name], stored["setting"]["samples"])["patients"][0]
         held = stored["tables"][name]["patients"][0]
         for against in ("spet", "truth"):

@@ -33,11 +33,8 @@ from .fusion import FUSIONS, Fused
 from .scan import ActivityScale, Scan, WorkingGrid, scale_mr, whole_file
 
 RESIDUAL = 0.2  # SD of SPET - coarse in scaled activity, roughly; makes x0 of order 1
-STEPS, START = 6, 0.5  # sampler steps and warm start, chosen on validation patients
-FIDELITY, FIDELITY_SD = (
-    0.5,
-    1.5,
-)  # default pull towards the measured LPET, and its Gaussian SD in voxels, chosen on validation patients
+STEPS, START = 6, 0.8  # sampler steps and warm start, chosen on validation patients
+FIDELITY, FIDELITY_SD = 0.0, 1.5  # default pull towards the measured LPET (chosen likewise), and its SD in voxels
 
 
 class MFdiff(nn.Module):
