@@ -23,7 +23,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 stale      = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks train results results-check ablations anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks train results results-check evidence ablations anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -58,10 +58,12 @@ train: $(STAMP)  ## train stage 1, or go on with it (PROFILE=cpu OUT=runs/stage1
 
 results: $(STAMP_DEV)  ## measure again every number and figure of the README
 	$(PY) benchmarks/results.py $(ARGS)
-	$(PY) benchmarks/evidence.py $(ARGS)
 
 results-check: $(STAMP_DEV)  ## measure the first patients again and compare with results/
 	$(PY) benchmarks/results.py --check
+
+evidence: $(STAMP_DEV)  ## measure the shipped weights against filters, wrong MRs and their own uncertainty
+	$(PY) benchmarks/evidence.py $(ARGS)
 
 ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at one budget (hours), and compare
 	$(PY) benchmarks/ablations.py $(ARGS)

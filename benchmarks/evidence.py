@@ -1,10 +1,10 @@
 """The evidence beyond one table: classical baselines, an MR audit, lesions by size, uncertainty and texture.
 
-    make results                        # runs results.py, then this: 40 minutes on 2 cores; ARGS=--quick for a look
+    make evidence                       # about 25 minutes on 2 cores; ARGS=--quick for a look
 
 Filters are tuned, and the recalibration of the SD is fitted, on validation patients; test patients are touched once.
-Writes results/evidence.json, results/audit.png, results/reliability.png, the rows of group "evidence" in
-results/targets.json, and its block of the README. Rows that need trained baselines are not measured here yet.
+Writes results/evidence.json, results/audit.png, results/reliability.png and the rows of group "evidence" in
+results/targets.json. Rows that need trained baselines are not measured here yet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
-from results import DOSE, RESULTS, Targets, as_table, paired, scans, write_json, write_readme
+from results import DOSE, RESULTS, Targets, as_table, paired, scans, write_json
 from scipy import ndimage
 from scipy.stats import wilcoxon
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from mfdiff_lite import metrics
 from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.baselines import gaussian, mr_guided, non_local_means, tune
 from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES
-from mfdiff_lite.evaluation import COLUMNS, audit_mr, evaluate, mr_conditions, summarise, written
+from mfdiff_lite.evaluation import audit_mr, evaluate, mr_conditions, summarise
 from mfdiff_lite.explorer import panel
 from mfdiff_lite.model import MFdiff, Restoration, load_pretrained
 from mfdiff_lite.phantom import virtual_patient
@@ -153,7 +153,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="2 patients, few slices, nothing written")] = False,
 ) -> None:
     """Measure the shipped weights against filters, wrong MRs and their own uncertainty."""
-    model, targets = load_pretrained("cpu"), Targets("evidence", GOALS)
+    model, targets = load_pretrained("cpu"), Targets("evidence", GOALS, "make evidence")
     tuned, validation = tune_all(quick)
     drawn = [model.restore(s, K) for s in tqdm(validation, desc="calibration", unit="patient")]
     scale = float(
@@ -215,23 +215,6 @@ def main(
     targets.write()
     audit_picture(model, cases[0])
     reliability_picture(spread, scale)
-    write_readme(readme_block(table, audit_summary, len(cases), len(audited)), "evidence")
-
-
-def readme_block(table: dict, audit_summary: dict, n: int, n_audit: int) -> str:
-    """The README's tables of this script, in Markdown."""
-    lines = []
-    for title, summary in (
-        (f"DRF {DOSE}, n = {n} patients, against SPET", table["summary"]["spet"]),
-        (f"What a wrong MR does, DRF {DOSE}, n = {n_audit} patients, against SPET", audit_summary),
-    ):
-        keys = ("psnr", "ssim", "contrast_kept", "mr_leak")
-        lines += [f"**{title}**", "", "| | " + " | ".join(COLUMNS[k] for k in keys) + " |", "|---" * 5 + "|"]
-        for name, row in summary.items():
-            cells = [f"{written(k, row[k]['mean'])} [{', '.join(written(k, c) for c in row[k]['ci95'])}]" for k in keys]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -225,8 +225,9 @@ class Targets:
     goals: id -> (relation, unit, sense, must, aim or None).
     """
 
-    def __init__(self, group: str, goals: dict[str, tuple]):
-        self.group, self.goals, self.rows, self.revision = group, goals, [], code_revision()
+    def __init__(self, group: str, goals: dict[str, tuple], command: str = "make results"):
+        self.group, self.goals, self.command, self.rows = group, goals, command, []
+        self.revision = code_revision()
 
     def add(self, name: str, value: float, ci95: Iterable[float] | None = None) -> None:
         relation, unit, sense, must, aim = self.goals[name]
@@ -241,7 +242,7 @@ class Targets:
                 "must": must,
                 "aim": aim,
                 "met": bool(value >= must if sense == ">=" else value <= must),
-                "command": "make results",
+                "command": self.command,
                 "revision": self.revision,
             }
         )
@@ -315,12 +316,11 @@ def readme_block(tables: dict, setting: dict) -> str:
     return "\n".join(lines)
 
 
-def write_readme(block: str, name: str = "results") -> None:
-    """Put a block between the README's marks of that name."""
+def write_readme(block: str) -> None:
     path = RESULTS.parent / "README.md"
-    before, rest = path.read_text().split(f"<!-- {name}:start -->")
-    after = rest.split(f"<!-- {name}:end -->")[1]
-    path.write_text(f"{before}<!-- {name}:start -->\n{block}<!-- {name}:end -->{after}")
+    before, rest = path.read_text().split("<!-- results:start -->")
+    after = rest.split("<!-- results:end -->")[1]
+    path.write_text(f"{before}<!-- results:start -->\n{block}<!-- results:end -->{after}")
 
 
 def as_table(title: str, summary: dict) -> Table:
