@@ -153,6 +153,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="2 patients, few slices, nothing written")] = False,
 ) -> None:
     """Measure the shipped weights against filters, wrong MRs and their own uncertainty."""
+    RESULTS.mkdir(exist_ok=True)
     model, targets = load_pretrained("cpu"), Targets("evidence", GOALS, "make evidence")
     tuned, validation = tune_all(quick)
     drawn = [model.restore(s, K) for s in tqdm(validation, desc="calibration", unit="patient")]
