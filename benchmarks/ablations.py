@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from results import DOSE, RESULTS, as_table, scans, write_json
 from tqdm import tqdm
 
 from mfdiff_lite.anatomy import load_anatomy
@@ -28,6 +27,7 @@ from mfdiff_lite.model import MFdiff, load_model
 from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.training import WEIGHTS, train_stage1
+from results import DOSE, RESULTS, as_table, scans, write_json
 
 RUNS = Path(__file__).parents[1] / "runs" / "ablations"
 PLAIN = {"fusion_widths": (40, 88, 160)}  # one encoder instead of two: wider, so that the parameters stay the same

@@ -14,7 +14,6 @@ from typing import Annotated
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
-from results import DOSE, RESULTS, Targets, as_table, paired, scans, write_json
 from scipy import ndimage
 from scipy.stats import wilcoxon
 from tqdm import tqdm
@@ -28,6 +27,7 @@ from mfdiff_lite.explorer import panel
 from mfdiff_lite.model import MFdiff, Restoration, load_pretrained
 from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Scan
+from results import DOSE, RESULTS, Targets, as_table, paired, scans, write_json
 
 OURS, K = "restored, mean of 8", 8
 LEVELS = (0.5, 0.8, 0.9)
