@@ -64,7 +64,7 @@ def random_scanner(rng: np.random.Generator) -> Scanner:
 class Cohort:
     """Slabs of scaled slices in memory. lpet: (patients, doses, Z, X, Y) float16 in units of the LPET's brain mean; mr:
     (patients, Z, X, Y), spet: like lpet (the same SPET in each LPET's unit); weight: (patients, Z, X, Y) uint8, 0 air,
-    1 brain, 2 lesion with uptake; dose: (patients, doses)."""
+    1 brain, 2 lesion (those in MR alone too: what must not leak in); dose: (patients, doses)."""
 
     lpet: np.ndarray
     mr: np.ndarray
@@ -154,8 +154,7 @@ def _make_patient(job: tuple[Path, str, int, dict]) -> None:
     doses = np.exp(rng.uniform(low, high, settings["doses"]))
     lpets = [scanner.reconstruct(standard.thin(dose, int(rng.integers(2**31)))) for dose in doses]
     scales = [ActivityScale(lpet, (2.0, 2.0, 2.0)) for lpet in lpets]
-    with_uptake = [lesion.label for lesion in patient.lesion_table if lesion.kind != "mr-only"]
-    weight = np.where(np.isin(patient.lesions, with_uptake), 2, patient.mask).astype(np.uint8)
+    weight = np.where(patient.lesions > 0, 2, patient.mask).astype(np.uint8)
 
     def slices(volumes: list[np.ndarray]) -> np.ndarray:
         return np.ascontiguousarray(np.moveaxis(np.stack(volumes), -1, -3)).astype(np.float16)

@@ -28,17 +28,17 @@ class Profile:
     dose_range: tuple[float, float] = (4.0, 100.0)
     # model
     fusion: str = "gated"  # or a baseline in its place: "concat" (PET and MR in one encoder), "pet" (no MR)
-    fusion_widths: tuple[int, ...] = (32, 64, 128)
-    denoiser_widths: tuple[int, ...] = (32, 64, 128)  # empty: no diffusion, a regression U-Net
+    fusion_widths: tuple[int, ...] = (40, 80, 160)
+    denoiser_widths: tuple[int, ...] = (24, 48, 96)  # empty: no diffusion, a regression U-Net
     context: int = 5  # neighbouring slices of each modality that the fusion module sees
     # stage 1
-    steps: int = 6500
+    steps: int = 6000
     batch: int = 8
     crop: int = 96  # pixels
     learning_rate: float = 8e-4
     warmup: int = 200
     ema: float = 0.999
-    lesion_weight: float = 8.0  # of voxels in lesions with uptake, beside 1 for the brain
+    lesion_weight: float = 8.0  # of voxels in lesions, beside 1 for the brain
     no_mr: float = 0.08  # share of training slices without MR
     wrong_mr: float = 0.06  # ... with another patient's MR
     validate_every: int = 250

@@ -2,11 +2,14 @@
 
     p_s, m_s = encoders(LPET), encoders(MR)                      scales s = 1/2, 1/4, 1/8 of the image
     S_s      = local correlation of IN(p_s) and IN(m_s)          structure agreement, blind to contrast
-    r_s      = cross-attention(query p_s; key, value m_s)        MR features, fetched by PET, in small windows
+    r_s      = cross-attention(query p_s; key, value m_s)        MR features, fetched by PET from near by
     g_s      = sigmoid(conv[p_s, r_s, S_s])                      gate in [0, 1]
     f_s      = p_s + g_s * r_s                                   PET is the base, MR only adds
     F        = decoder(f_1/2, f_1/4, f_1/8)                      the fusion feature
     coarse   = smooth(LPET) + head(F)                            auxiliary head: what makes F "optimized"
+
+Nothing on the way from m_s to r_s has a bias, and an empty MR has m_s = 0: then S_s = r_s = 0 and f_s = p_s, so
+restoring without MR is exactly restoring from PET alone.
 
 That a fusion feature is learned and conditions the diffusion is the paper's (abstract); this layout is our
 interpretation.
@@ -24,7 +27,9 @@ from torch.nn import functional as F
 
 from .layers import Embedding, ResidualBlock, dose_scalar
 
-WINDOW = 4  # side of an attention window in feature pixels; image sides must be multiples of 8 * WINDOW = 32
+WINDOW = 4  # side of a block of queries in feature pixels; image sides must be multiples of 8 * WINDOW = 32
+HALO = 2  # feature pixels of MR that a block sees beyond each of its sides
+REACH = WINDOW + 2 * HALO
 HEADS = 4
 
 
@@ -56,7 +61,8 @@ class MultiModalityFusion(nn.Module):
     def forward(self, lpet: Tensor, mr: Tensor, dose_reduction: Tensor) -> Fused:
         condition = self.embed(dose_scalar(dose_reduction))
         pet_features = self.pet_encoder(halve(lpet), condition)
-        mr_features = self.mr_encoder(halve(mr), condition)
+        seen = (mr != 0).flatten(1).any(1)[:, None, None, None]  # (B, 1, 1, 1), no for an empty MR
+        mr_features = [m * seen for m in self.mr_encoder(halve(mr), condition)]
         fused, gates, similarities = zip(
             *(f(p, m) for f, p, m in zip(self.fuse, pet_features, mr_features, strict=True)), strict=True
         )
@@ -95,11 +101,13 @@ class GatedFusion(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 2 * channels, 1)
-        self.position = nn.Parameter(torch.zeros(2, WINDOW * WINDOW, channels // HEADS))
-        self.refine = nn.Conv2d(channels, channels, 1)
+        self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 2 * channels, 1, bias=False)
+        self.query_position = nn.Parameter(torch.zeros(WINDOW**2, channels // HEADS))
+        self.key_position = nn.Parameter(torch.zeros(REACH**2, channels // HEADS))
+        self.refine = nn.Conv2d(channels, channels, 1, bias=False)
         self.gate = nn.Conv2d(2 * channels + HEADS, channels, 3, padding=1)
-        nn.init.trunc_normal_(self.position, std=0.02)
+        nn.init.trunc_normal_(self.query_position, std=0.02)
+        nn.init.trunc_normal_(self.key_position, std=0.02)
         nn.init.constant_(self.gate.bias, -1.0)  # start mostly closed: MR has to earn its way in
 
     def forward(self, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,27 +118,29 @@ class GatedFusion(nn.Module):
         return p + gate * r, gate, similarity
 
     def attend(self, pn: Tensor, mn: Tensor) -> Tensor:
-        """Each PET pixel looks at the MR pixels of its own window, which also bridges a small misregistration."""
+        """Each PET pixel looks at the MR pixels of its block and a halo round it: at least HALO pixels to every side,
+        which also bridges a misregistration."""
         q, k, v = self._windows(pn, mn)
         found = F.scaled_dot_product_attention(q, k, v)
         rows = pn.shape[-2] // WINDOW
         return rearrange(found, "(b h w) n (i j) c -> b (n c) (h i) (w j)", b=pn.shape[0], h=rows, i=WINDOW)
 
     def attention(self, pn: Tensor, mn: Tensor) -> Tensor:
-        """Where each PET pixel looks, for pictures: weights (B, HEADS, H, W, WINDOW, WINDOW) over the MR pixels of its
-        window, softmax(q k / sqrt(c)), which sum to 1."""
+        """Where each PET pixel looks, for pictures: weights (B, HEADS, H, W, REACH, REACH) over the MR pixels of its
+        block and halo, softmax(q k / sqrt(c)), which sum to 1. Beyond the image there is nothing, worth 0."""
         q, k, _ = self._windows(pn, mn)
         weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1)
-        rows, split = pn.shape[-2] // WINDOW, {"i": WINDOW, "k": WINDOW}
+        rows, split = pn.shape[-2] // WINDOW, {"i": WINDOW, "k": REACH}
         return rearrange(weights, "(b h w) n (i j) (k l) -> b n (h i) (w j) k l", b=pn.shape[0], h=rows, **split)
 
     def _windows(self, pn: Tensor, mn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of PET, keys and values of MR, each (windows, HEADS, pixels of the window, C / HEADS)."""
-        to_windows = "b (n c) (h i) (w j) -> (b h w) n (i j) c"
-        split = {"n": HEADS, "i": WINDOW, "j": WINDOW}
-        q = rearrange(self.query(pn), to_windows, **split) + self.position[0]
-        k, v = (rearrange(x, to_windows, **split) for x in self.key_value(mn).chunk(2, dim=1))
-        return q, k + self.position[1], v
+        """Queries of PET (blocks, HEADS, WINDOW^2, C / HEADS); keys and values of MR (blocks, HEADS, REACH^2,
+        C / HEADS)."""
+        to_blocks = "b (n c) (h i) (w j) -> (b h w) n (i j) c"
+        q = rearrange(self.query(pn), to_blocks, n=HEADS, i=WINDOW, j=WINDOW) + self.query_position
+        near = F.pad(self.key_value(mn), (HALO,) * 4).unfold(2, REACH, WINDOW).unfold(3, REACH, WINDOW)
+        k, v = rearrange(near, "b (s n c) h w k l -> s (b h w) n (k l) c", s=2, n=HEADS)
+        return q, k + self.key_position, v
 
 
 class Encoder(nn.Module):

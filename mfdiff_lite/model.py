@@ -1,12 +1,12 @@
 """MFdiff, the three ideas together: fusion, conditional diffusion of the residual, restoration of a whole scan.
 
     F, coarse = fusion(LPET, MR)
-    x0        = (SPET - coarse) / RESIDUAL                 what the diffusion generates
-    loss      = |coarse - SPET|^2 / RESIDUAL^2 + |D(x_t, t, LPET, F, dose) - v|^2
-    sample    = coarse + RESIDUAL * sampler(noise), warm-started by noising "no residual" to t0
-    mean, SD  = over K samples in antithetic pairs (noise and -noise)
+    x0        = (SPET - coarse) / s                        what the diffusion generates; s = residual_sd(dose)
+    loss      = |coarse - SPET|^2 / s^2 + |D(x_t, t, LPET, F, dose) - v|^2
+    sample    = coarse + s * sampler(noise), warm-started by noising "no residual" to t0
+    mean, SD  = over K samples in antithetic pairs (noise and -noise), every second pair of the head seen mirrored
 
-All inside the LPET's own scale (`ActivityScale`); lesions with uptake weigh more in both losses, because they are rare.
+All inside the LPET's own scale (`ActivityScale`); lesions weigh more in both losses, because they are rare.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from .diffusion import NoiseSchedule, diffuse, sample, velocity
 from .fusion import FUSIONS, Fused
 from .scan import ActivityScale, Scan, WorkingGrid, scale_mr, whole_file
 
-RESIDUAL = 0.2  # SD of SPET - coarse in scaled activity, roughly; makes x0 of order 1
 STEPS, START = 6, 0.8  # sampler steps and warm start, chosen on validation patients
 FIDELITY, FIDELITY_SD = 0.0, 1.5  # default pull towards the measured LPET (chosen likewise), and its SD in voxels
 
@@ -76,7 +75,7 @@ class MFdiff(nn.Module):
         """The losses of stage 1. batch: see `SliceDataset.batch`; t: (B,); noise: (B, 1, H, W). Returns scalars
         "coarse" and, with a denoiser, "diffusion"."""
         fused: Fused = self.fusion(batch["lpet"], batch["mr"], batch["dose"])
-        residual = (batch["spet"] - fused.coarse) / RESIDUAL
+        residual = (batch["spet"] - fused.coarse) / residual_sd(batch["dose"])
         weight = batch["weight"] / batch["weight"].mean()
         losses = {"coarse": (weight * residual**2).mean()}
         if self.denoiser is not None:
@@ -122,7 +121,7 @@ class MFdiff(nn.Module):
             method,
             generator=generator,
         )
-        return fused.coarse + RESIDUAL * rearrange(residual, "(b k) 1 h w -> b k h w", k=k), fused
+        return fused.coarse + residual_sd(dose) * rearrange(residual, "(b k) 1 h w -> b k h w", k=k), fused
 
     def restore(
         self,
@@ -190,7 +189,8 @@ class MFdiff(nn.Module):
         )
 
     def _restore_slice(self, lpet, mr, z, dose, n_samples, seed, steps, start, method) -> tuple[np.ndarray, Fused]:
-        """One slice of the working grid, padded to multiples of 32 for the windows and cut back."""
+        """One slice of the working grid, padded to multiples of 32 for the blocks and cut back: samples (K, X, Y),
+        and what the fusion module made, its coarse estimate the mean of the views."""
         device = next(self.parameters()).device
         half = self.fusion.context // 2
         near = np.clip(np.arange(z - half, z + half + 1), 0, lpet.shape[2] - 1)
@@ -202,12 +202,29 @@ class MFdiff(nn.Module):
             )
             for v in (lpet, mr)
         )
-        noise = paired_noise(n_samples, tuple(pet_slices.shape[-2:]), [seed, z])[None].to(device)
+        noise = paired_noise(n_samples, tuple(pet_slices.shape[-2:]), [seed, z]).to(device)
         doses = torch.full((1,), float(dose), device=device)
         fresh = torch.Generator(device).manual_seed(int(np.random.default_rng([seed, z, 1]).integers(2**62)))
-        drawn, fused = self.restore_slices(pet_slices, mr_slices, doses, noise, steps, start, method, fresh)
-        cut = fused._replace(coarse=fused.coarse[..., :x, :y], gate=fused.gate[..., : (x + 1) // 2, : (y + 1) // 2])
-        return drawn[0, :, :x, :y].cpu().numpy(), cut
+        # The second, fourth, ... pair of samples sees left and right exchanged: what depends on the side averages out.
+        mirrored = torch.arange(n_samples) // 2 % 2 == 1
+        residuals, views = torch.empty_like(noise), []
+        for flip in [False, True] if mirrored.any() else [False]:
+            turn = (lambda image: image.flip(-2)) if flip else (lambda image: image)
+            maps = noise[mirrored == flip][None]
+            drawn, fused = self.restore_slices(
+                turn(pet_slices), turn(mr_slices), doses, maps, steps, start, method, fresh
+            )
+            residuals[mirrored == flip] = turn(drawn[0] - fused.coarse[0])
+            views.append(fused._replace(coarse=turn(fused.coarse), gate=turn(fused.gate)))
+        coarse = torch.stack([view.coarse for view in views]).mean(0)
+        cut = views[0]._replace(coarse=coarse[..., :x, :y], gate=views[0].gate[..., : (x + 1) // 2, : (y + 1) // 2])
+        return (coarse[0] + residuals)[:, :x, :y].cpu().numpy(), cut
+
+
+def residual_sd(dose_reduction: Tensor) -> Tensor:
+    """Rough SD of SPET - coarse in scaled activity at dose-reduction factors (B,) -> (B, 1, 1, 1): makes x0 of order 1,
+    and keeps the noisiest doses from ruling the loss."""
+    return 0.2 * (dose_reduction[:, None, None, None] / 20) ** 0.25
 
 
 def paired_noise(n_samples: int, shape: tuple[int, int], seed: list[int]) -> Tensor:

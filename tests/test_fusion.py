@@ -7,7 +7,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from mfdiff_lite.denoiser import ConditionalUNet
-from mfdiff_lite.fusion import WINDOW, GatedFusion, MultiModalityFusion, double, halve, local_correlation, smooth
+from mfdiff_lite.fusion import HALO, WINDOW, GatedFusion, MultiModalityFusion, double, halve, local_correlation, smooth
 from mfdiff_lite.layers import Embedding, dose_scalar
 
 
@@ -50,15 +50,27 @@ def test_local_correlation_knows_its_extremes_and_ignores_contrast():
     assert local_correlation(p, F.instance_norm(m)).abs().mean() < 0.35
 
 
-def test_attention_stays_in_its_window():
+def test_attention_sees_its_block_and_a_halo_round_it():
     torch.manual_seed(0)
     fuse, p, m = GatedFusion(8), randn(1, 8, 16, 16), randn(1, 8, 16, 16, seed=1)
-    changed = m.clone()
-    changed[:, :, :WINDOW, :WINDOW] += randn(1, 8, WINDOW, WINDOW, seed=2)
+    changed, at = m.clone(), 2 * WINDOW
+    changed[:, :, at, at] += 1  # the first pixel of a block: the blocks before it see it in their halo
     difference = (fuse.attend(p, m) - fuse.attend(p, changed)).abs().sum(1)[0]
-    assert (difference[:WINDOW, :WINDOW] > 0).all()
-    difference[:WINDOW, :WINDOW] = 0
+    sees = slice(at - WINDOW, at + WINDOW)
+    assert (difference[sees, sees] > 0).all()
+    difference[sees, sees] = 0
     assert difference.max() == 0
+
+
+def test_every_pixel_sees_the_halo_to_all_sides():
+    torch.manual_seed(0)
+    fuse, p, m = GatedFusion(8), randn(1, 8, 16, 16), randn(1, 8, 16, 16, seed=1)
+    before = fuse.attend(p, m)
+    for x, y in ((7, 8), (8, 7), (8, 8), (11, 11)):
+        for dx, dy in ((HALO, 0), (-HALO, 0), (0, HALO), (0, -HALO)):
+            changed = m.clone()
+            changed[:, :, x + dx, y + dy] += 1
+            assert (fuse.attend(p, changed) - before)[0, :, x, y].abs().max() > 0
 
 
 def test_attention_weights_average_the_values():
@@ -67,9 +79,9 @@ def test_attention_weights_average_the_values():
     fuse = GatedFusion(8)
     with torch.no_grad():
         fuse.key_value.weight[8:, :, 0, 0] = torch.eye(8)
-        fuse.key_value.bias.zero_()
-    constant = torch.arange(8.0).reshape(1, 8, 1, 1).expand(1, 8, 8, 8)
-    assert torch.allclose(fuse.attend(randn(1, 8, 8, 8), constant), constant, atol=1e-5)
+    constant = torch.arange(8.0).reshape(1, 8, 1, 1).expand(1, 8, 12, 12)
+    inner = (..., slice(4, 8), slice(4, 8))  # blocks at the border also see the nothing beyond it
+    assert torch.allclose(fuse.attend(randn(1, 8, 12, 12), constant)[inner], constant[inner], atol=1e-5)
 
 
 def test_the_pictured_attention_is_the_one_that_is_used():
@@ -78,11 +90,29 @@ def test_the_pictured_attention_is_the_one_that_is_used():
     fuse, p, m = GatedFusion(8), 3 * randn(1, 8, 8, 12), 3 * randn(1, 8, 8, 12, seed=1)
     weights = fuse.attention(p, m)
     assert torch.allclose(weights.sum((-2, -1)), torch.ones(1, 4, 8, 12), atol=1e-5)
-    v = fuse.key_value(m)[:, 8:].reshape(1, 4, 2, 8, 12)
-    x, y = 5, 9  # a pixel, and the window it lies in
-    rows, columns = slice(4, 8), slice(8, 12)
+    v = F.pad(fuse.key_value(m)[:, 8:], (HALO,) * 4).reshape(1, 4, 2, 8 + 2 * HALO, 12 + 2 * HALO)
+    x, y = 5, 9  # a pixel; its block and the halo, in coordinates of the padded map
+    rows, columns = slice(4, 8 + 2 * HALO), slice(8, 12 + 2 * HALO)
     expected = torch.einsum("bnkl,bnckl->bnc", weights[:, :, x, y], v[..., rows, columns])
     assert torch.allclose(fuse.attend(p, m)[0, :, x, y], expected.flatten(), atol=1e-5)
+
+
+def test_without_mr_nothing_of_the_mr_path_is_left():
+    """An empty MR: gate and similarity say nothing, and no weight of the MR path changes the result."""
+    torch.manual_seed(0)
+    fusion, lpet, mr = MultiModalityFusion((8, 16), context=3), randn(2, 3, 32, 32), randn(2, 3, 32, 32, seed=1)
+    mr[1] = 0
+    dose = torch.tensor([20.0, 20.0])
+    with torch.no_grad():
+        fusion.head.weight.normal_()
+        before = fusion(lpet, mr, dose)
+        for part in (fusion.mr_encoder, *(f.key_value for f in fusion.fuse), *(f.refine for f in fusion.fuse)):
+            for parameter in part.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        after = fusion(lpet, mr, dose)
+    assert torch.equal(before.coarse[1], after.coarse[1]) and torch.equal(before.feature[1], after.feature[1])
+    assert not torch.allclose(before.coarse[0], after.coarse[0], atol=1e-3)
+    assert after.similarity[1].abs().max() == 0
 
 
 def test_a_closed_gate_returns_the_pet_features_exactly():

@@ -9,7 +9,15 @@ from scipy import ndimage
 
 import mfdiff_lite as mf
 from mfdiff_lite.config import load_profile
-from mfdiff_lite.model import RESIDUAL, MFdiff, load_model, measured_beyond_noise, paired_noise, pick_device, save_model
+from mfdiff_lite.model import (
+    MFdiff,
+    load_model,
+    measured_beyond_noise,
+    paired_noise,
+    pick_device,
+    residual_sd,
+    save_model,
+)
 from mfdiff_lite.scan import Scan
 
 SMOKE = load_profile("smoke")
@@ -46,7 +54,9 @@ def test_losses_are_the_written_equations(model):
     t, noise = torch.tensor([100, 700]), torch.randn(2, 1, 32, 32, generator=g)
     losses = model(batch, t, noise)
     fused = model.fusion(batch["lpet"], batch["mr"], batch["dose"])
-    residual = (batch["spet"] - fused.coarse) / RESIDUAL
+    scale = torch.tensor([0.2, 0.2 * 2.5**0.25]).reshape(2, 1, 1, 1)
+    assert torch.allclose(residual_sd(batch["dose"]), scale)
+    residual = (batch["spet"] - fused.coarse) / scale
     weight = batch["weight"] / batch["weight"].mean()
     assert losses["coarse"].item() == pytest.approx((weight * residual**2).mean().item(), rel=1e-5)
     a = model.schedule.alpha_bar(t, noise)
