@@ -361,7 +361,9 @@ def main(
     dataset: Annotated[str | None, typer.Argument(help=f"One of: {', '.join(SOURCES)}.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Say what there is; fetch nothing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched; write nothing.")] = False,
-    directory: Annotated[Path, typer.Option("--dir", help="Each data set gets a folder of its own in it.")] = DOWNLOADS,
+    directory: Annotated[
+        Path, typer.Option("--dir", envvar="MFDIFF_DATA", help="Each data set gets a folder of its own in it.")
+    ] = DOWNLOADS,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="openneuro-ds003382: 60 s frames too, 2.0 GB.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace local files that are not as expected.")] = False,
     base_url: Annotated[str | None, typer.Option(hidden=True, help="Stands for every host, for the tests.")] = None,

@@ -135,7 +135,10 @@ def restore(
 
 
 def _weights_line(model: object, path: Path | None) -> str:
-    return f"{path or 'shipped weights'} (revision {model.card.get('revision')}, {model.card.get('steps')} steps)"
+    card, target = model.card, ""
+    if "parent" in card:
+        target = f", stage 2 by {card['adaptation']['objective']!r} on {', '.join(card['target'])}"
+    return f"{path or 'shipped weights'} (revision {card.get('revision')}, {card.get('steps')} steps{target})"
 
 
 def _all_different(outputs: list[Path], inputs: list[Path | None]) -> None:
@@ -173,12 +176,15 @@ def _ready_for(path: Path, force: bool) -> None:
 @_command
 def simulate(
     out: Annotated[
-        Path, typer.Option(help="folder for lpet, spet, mr, activity, mask, tissues, lesions (.nii.gz) and scan.json")
+        Path,
+        typer.Option(help="folder for lpet, spet, mr, activity, mask, tissues, lesions, two count halves, scan.json"),
     ],
     anatomy: Annotated[str, typer.Option(help="an embedded anatomy, see `info`")] = "icbm152",
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
     dose_reduction: DoseReduction = 20.0,
-    shift: Annotated[str | None, typer.Option(help="a named OOD emulation: edge-scanner, low-contrast, t2-mr")] = None,
+    shift: Annotated[
+        str | None, typer.Option(help="a named OOD emulation, e.g. edge-scanner, or several: wide-psf+t2-mr")
+    ] = None,
     slices: Annotated[int | None, typer.Option(help="axial slices; default: the whole head")] = None,
     force: Force = False,
 ) -> None:
@@ -194,7 +200,7 @@ def simulate(
         raise ValueError(f"--slices: expected at least 1, found {slices}")
     if seed < 0:
         raise ValueError(f"--seed: expected at least 0, found {seed}")
-    names = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions")
+    names = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions", "half_a", "half_b")
     held = [out / f"{name}.nii.gz" for name in names if (out / f"{name}.nii.gz").exists()]
     if held and not force:
         raise FileExistsError(f"{held[0]}: exists already; choose another --out or pass --force to replace it")
@@ -202,13 +208,14 @@ def simulate(
     scanner = Scanner.shifted(shift)
     print("drawing the patient, scanning, reconstructing: a whole head takes about half a minute", file=sys.stderr)
     patient = virtual_patient(load_anatomy(anatomy), seed, shift, slices)
-    scan = scanner.scan(patient, dose_reduction)
+    scan = scanner.scan(patient, dose_reduction, halves=True)
+    images = {name: getattr(scan, name) for name in names[:-2]} | dict(zip(names[-2:], scan.halves, strict=True))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{out}: expected a folder to write into, found {error.strerror}; choose another --out") from None
-    for name in names:
-        save_volume(out / f"{name}.nii.gz", getattr(scan, name), scan, force)
+    for name, image in images.items():
+        save_volume(out / f"{name}.nii.gz", image, scan, force)
     note = {
         "anatomy": anatomy,
         "seed": seed,
@@ -270,6 +277,15 @@ def evaluate(
             )
 
 
+def _pairs(settings: list[str] | None, command: str) -> dict[str, str]:
+    """key=value arguments as a dict."""
+    pairs = [item.partition("=") for item in settings or []]
+    wrong = [key for key, equals, _ in pairs if not equals]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected key=value, found no '='; see `{command} --help`")
+    return {key: value for key, _, value in pairs}
+
+
 @_command
 def train(
     out: Annotated[Path, typer.Option(help="folder for checkpoints and the final weights")],
@@ -286,11 +302,7 @@ def train(
     from .config import load_profile
     from .training import WEIGHTS, train_stage1
 
-    pairs = [item.partition("=") for item in settings or []]
-    wrong = [key for key, equals, _ in pairs if not equals]
-    if wrong:
-        raise ValueError(f"{wrong[0]}: expected key=value, found no '='; see `train --help`")
-    chosen = load_profile(profile, **{key: value for key, _, value in pairs})
+    chosen = load_profile(profile, **_pairs(settings, "train"))
     _ready_for_folder(out)
     bar = None
     try:
@@ -318,6 +330,74 @@ def train(
         f"wrote {out / WEIGHTS} and its card {(out / WEIGHTS).with_suffix('.json').name}; "
         f"use it with: restore --weights {out / WEIGHTS}"
     )
+
+
+@_command
+def adapt(
+    lpet: Annotated[Path, typer.Option(help="low-dose PET of the target scanner, 3-D NIfTI")],
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="split: from two count halves; sure: from the LPET and its noise, known from halves or estimated; "
+            "paired: from an SPET"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the adapted weights, for `restore --weights`, with a card beside them")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value …, e.g. steps=100 learning_rate=2e-4")] = None,
+    mr: Annotated[Path | None, typer.Option(help="MR of the same head, registered to the PET; any grid")] = None,
+    half_a: Annotated[Path | None, typer.Option(help="image of one half of the LPET's counts")] = None,
+    half_b: Annotated[Path | None, typer.Option(help="image of the other half")] = None,
+    spet: Annotated[Path | None, typer.Option(help="standard-dose PET, for 'paired'")] = None,
+    dose_reduction: DoseReduction = 20.0,
+    weights: Annotated[Path | None, typer.Option(help="the parent's weights; default: the shipped ones")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an adaptation that was cut")] = False,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Stage 2: adapt the weights to one scan of a scanner never seen (minutes), without a standard-dose image."""
+    import shutil
+
+    from tqdm import tqdm
+
+    from .adaptation import train_stage2
+    from .config import load_adaptation
+    from .model import load_model, load_pretrained, save_model
+    from .scan import load_scan
+
+    if (half_a is None) != (half_b is None):
+        raise ValueError("--half-a, --half-b: expected both halves or none, found one; name the other one too")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: expected a name that ends in .safetensors; rename the output")
+    chosen = load_adaptation(**_pairs(settings, "adapt"), objective=objective)
+    _all_different([out], [lpet, mr, half_a, half_b, spet, weights])
+    _ready_for(out, force)
+    halves = None if half_a is None else (half_a, half_b)
+    scan = load_scan(lpet, mr, spet, dose_reduction, half_paths=halves)
+    parent = load_pretrained(device) if weights is None else load_model(weights, device)
+    run = out.with_suffix(".run")
+    print(f"parent: {_weights_line(parent, weights)}", file=sys.stderr)
+    bar = None
+    try:
+        for state in train_stage2(parent, scan, objective, settings=chosen, out=run, resume=resume, device=device):
+            bar = bar or tqdm(total=state.steps, initial=state.step - 1, desc="stage 2", unit="step", mininterval=1)
+            bar.update()
+            gain = state.held_out[-1]["loss"] - state.held_out[0]["loss"]
+            bar.set_postfix_str(
+                f"held-out loss {gain:+.4f} against the parent, best at step {state.best}", refresh=False
+            )
+    except KeyboardInterrupt:
+        _stop(f"stopped by Ctrl-C after the step; go on with the same command and --resume ({run} holds it)", 130)
+    finally:
+        if bar is not None:
+            bar.close()
+    save_model(state.model, out, state.model.card)
+    shutil.rmtree(run)
+    assumed = state.model.card["assumed_about_noise"]
+    if assumed:
+        print(f"the noise was estimated from the LPET alone; assumed: {assumed}")
+    if state.best == 0:
+        print("the held-out loss did not fall: these are the parent's weights, nothing on this target to gain")
+    print(f"wrote {out} (step {state.best} of {state.step}) and its card; use it with: restore --weights {out}")
 
 
 @_command

@@ -16,6 +16,7 @@ from skimage.restoration import denoise_nl_means
 
 from .metrics import psnr
 from .scan import ActivityScale, Scan, scale_mr
+from .scanner import Kernel, Scanner
 
 FWHM_PER_SD = 2.355
 
@@ -39,20 +40,49 @@ def mr_guided(scan: Scan, fwhm: float = 6.0, contrast: float = 0.7) -> np.ndarra
     contrast: SD of the weight over MR difference, in SDs of the MR inside the brain. Petschnig et al. 2004; in PET the
     Bowsher prior is its relative. Raises ValueError for a scan without MR.
     """
+    return mr_kernel(scan, fwhm, contrast)[0](scan.lpet)
+
+
+def kernel_em(scan: Scan, scanner: Scanner | None = None, fwhm: float = 4.0, contrast: float = 0.5) -> np.ndarray:
+    """Kernel EM (Wang & Qi 2015): OSEM of the LPET's own counts for an image that is an MR-guided filter of something.
+
+    scanner: the one that made `scan.sinogram` (None: the default one); fwhm, contrast: of `mr_kernel`. Raises
+    ValueError for a scan without sinogram or MR.
+    """
+    if scan.sinogram is None:
+        raise ValueError(f"{scan.name}: expected a scan with its sinogram for kernel EM, found none; simulate one")
+    return (scanner or Scanner()).reconstruct(scan.sinogram, mr_kernel(scan, fwhm, contrast))
+
+
+def mr_kernel(scan: Scan, fwhm: float, contrast: float) -> Kernel:
+    """The MR-guided filter as a matrix whose rows sum to 1: functions of an image (X, Y, Z) that apply it, and its
+    exact transpose. Raises ValueError for a scan without MR."""
     if scan.mr is None:
-        raise ValueError(f"{scan.name}: expected a scan with MR for the MR-guided filter, found none")
+        raise ValueError(f"{scan.name}: expected a scan with MR for an MR-guided method, found none")
     mr = scale_mr(scan.mr, ActivityScale(scan.lpet, scan.voxel_size).mask)
     sd = np.array(_sd_voxels(scan, fwhm))
     reach = np.where(sd > 0, np.maximum(np.ceil(2 * sd), 1), 0).astype(int)
-    pet_near, mr_near = (np.pad(v, [(r, r) for r in reach], mode="edge") for v in (scan.lpet, mr))
-    total, weights = np.zeros_like(mr), np.zeros_like(mr)
+    margin, far = [(r, r) for r in reach], 1e3  # far: an MR value that nothing resembles, beyond the volume
+    mr_near, weights = np.pad(mr, margin, constant_values=far), []
     for offset in itertools.product(*(range(-r, r + 1) for r in reach)):
-        near = tuple(slice(r + o, r + o + n) for r, o, n in zip(reach, offset, mr.shape, strict=True))
         distance = sum((o / s) ** 2 for o, s in zip(offset, sd, strict=True) if s > 0)
-        weight = np.exp(-0.5 * (distance + ((mr_near[near] - mr) / contrast) ** 2))
-        total += weight * pet_near[near]
-        weights += weight
-    return total / weights
+        if distance <= 9:
+            near = tuple(slice(r + o, r + o + n) for r, o, n in zip(reach, offset, mr.shape, strict=True))
+            weights.append((near, np.exp(-0.5 * (distance + ((mr_near[near] - mr) / contrast) ** 2))))
+    total = sum(weight for _, weight in weights)
+    inner = tuple(slice(r, r + n) for r, n in zip(reach, mr.shape, strict=True))
+
+    def spread(image: np.ndarray) -> np.ndarray:
+        padded = np.pad(image, margin)
+        return sum(weight * padded[near] for near, weight in weights) / total
+
+    def gather(image: np.ndarray) -> np.ndarray:
+        padded, share = np.zeros_like(mr_near), image / total
+        for near, weight in weights:
+            padded[near] += weight * share
+        return padded[inner]
+
+    return spread, gather
 
 
 def tune(method: Callable[..., np.ndarray], scans: Iterable[Scan], **grid: Iterable[float]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ TRAIN_ANATOMIES = ("icbm152", "ahba-9861", "ahba-10021", "ahba-12876", "ahba-143
 VALIDATION_ANATOMIES = ("ahba-15496",)
 TEST_ANATOMIES = ("ahba-15697",)
 FUSIONS = ("gated", "concat", "pet")
+OBJECTIVES = ("split", "sure", "paired")  # of stage 2
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,29 @@ class Profile:
             )
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """Everything that decides a run of stage 2. Unlike a `Profile` it fits any size of model."""
+
+    objective: str = "split"
+    seed: int = 0
+    steps: int = 300  # at most
+    batch: int = 8  # slices of the target
+    rehearsal: float = 0.25  # slices of stage 1's simulated patients, as a share of `batch`; 0: none
+    rehearsal_patients: int = 20
+    learning_rate: float = 5e-4
+    ema: float = 0.98
+    validate_every: int = 20
+    patience: int = 4  # validations without a lower held-out loss before it stops
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {self.objective!r}")
+        for key in ("steps", "batch", "rehearsal_patients", "validate_every", "patience"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: expected at least 1, found {getattr(self, key)}")
+
+
 PROFILES = {
     "smoke": Profile(
         "smoke",
@@ -118,13 +142,22 @@ def load_profile(name: str, /, **overrides: object) -> Profile:
     """
     if name not in PROFILES:
         raise ValueError(f"profile: expected one of {', '.join(PROFILES)}, found {name!r}; choose a listed name")
-    kinds = typing.get_type_hints(Profile)
-    for key, value in overrides.items():
-        if key not in kinds or key == "name":
-            known = ", ".join(k for k in kinds if k != "name")
-            raise ValueError(f"profile {name}: unknown key {key!r}; known keys are {known}")
-        overrides[key] = _parsed(key, value, kinds[key])
-    return dataclasses.replace(PROFILES[name], **overrides)
+    return _replaced(PROFILES[name], f"profile {name}", overrides)
+
+
+def load_adaptation(**overrides: object) -> Adaptation:
+    """The settings of stage 2 with single values replaced; strings are parsed. Raises ValueError like
+    `load_profile`."""
+    return _replaced(Adaptation(), "adaptation", overrides)
+
+
+def _replaced(settings: typing.Any, called: str, overrides: dict[str, object]) -> typing.Any:
+    kinds = {key: kind for key, kind in typing.get_type_hints(type(settings)).items() if key != "name"}
+    for key in overrides:
+        if key not in kinds:
+            raise ValueError(f"{called}: unknown key {key!r}; known keys are {', '.join(kinds)}")
+    parsed = {key: _parsed(key, value, kinds[key]) for key, value in overrides.items()}
+    return dataclasses.replace(settings, **parsed)
 
 
 def _parsed(key: str, value: object, kind: type | types.GenericAlias) -> object:

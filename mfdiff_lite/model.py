@@ -11,6 +11,7 @@ All inside the LPET's own scale (`ActivityScale`); lesions weigh more in both lo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,14 @@ class MFdiff(nn.Module):
     @property
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights: which weights these are, whatever file they came from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     # --- learning ------------------------------------------------------------------------------------------------
 

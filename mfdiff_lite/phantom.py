@@ -60,23 +60,32 @@ class Randomisation:
 
 
 # Named OOD emulations: what each changes in the patient and in the scanner. They emulate a shift; none is in-vivo data.
+# "a+b" is both together. Ranges of training: `Randomisation` and `cohort.SCANNER_RANGES`.
 SHIFTS: dict[str, dict[str, dict[str, Any]]] = {
     "edge-scanner": {
         "patient": {},
         "scanner": {"psf_fwhm": 6.2, "contamination": 0.55, "trues_per_mm3": 30.0, "iterations": 2, "post_filter": 2.5},
     },
     "low-contrast": {"patient": {"grey_to_white": (1.6, 2.0)}, "scanner": {}},
-    "t2-mr": {"patient": {"mr_contrast": "t2", "mr_bias_sd": (0.2, 0.3)}, "scanner": {}},
+    "amyloid": {"patient": {"grey_to_white": (0.55, 0.8)}, "scanner": {}},  # more uptake in white matter than in grey
+    "t2-mr": {"patient": {"mr_contrast": "t2", "mr_bias_sd": (0.2, 0.3), "mr_offset": 1.7}, "scanner": {}},
+    "large-lesions": {"patient": {"lesion_radius": (8.0, 12.0)}, "scanner": {}},
+    "wide-psf": {"patient": {}, "scanner": {"psf_fwhm": 7.5}},
+    "few-counts": {"patient": {}, "scanner": {"trues_per_mm3": 50.0 / 3}},  # DRF 20 of it is 60 of the default
+    "old-reconstruction": {"patient": {}, "scanner": {"iterations": 1, "post_filter": 6.0, "model_psf": False}},
+    "scatter": {"patient": {}, "scanner": {"contamination": 0.65, "scatter_fwhm": 60.0}},
 }
 
 
 def shift_settings(shift: str | None) -> dict[str, dict[str, Any]]:
-    """The settings of a named OOD emulation; `None` is no shift. Raises ValueError for a name not in `SHIFTS`."""
-    if shift is None:
-        return {"patient": {}, "scanner": {}}
-    if shift not in SHIFTS:
-        raise ValueError(f"shift: expected one of {', '.join(SHIFTS)}, found {shift!r}; choose a listed name")
-    return SHIFTS[shift]
+    """The settings of a named OOD emulation, or of several ("wide-psf+t2-mr"); `None` is no shift. Raises ValueError
+    for a name not in `SHIFTS`."""
+    settings: dict[str, dict[str, Any]] = {"patient": {}, "scanner": {}}
+    for name in [] if shift is None else shift.split("+"):
+        if name not in SHIFTS:
+            raise ValueError(f"shift: expected one of {', '.join(SHIFTS)}, found {name!r}; choose a listed name")
+        settings = {side: settings[side] | SHIFTS[name][side] for side in settings}
+    return settings
 
 
 @dataclass(frozen=True, eq=False)

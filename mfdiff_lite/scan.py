@@ -45,8 +45,9 @@ class Scan:
     lpet, mr, spet, activity: (X, Y, Z) float32; `mr=None` restores from PET alone. mask: brain, bool. tissues: uint8, 1
     grey, 2 white, 3 CSF. lesions: uint8, 0 or `Lesion.label`. affine: (4, 4) voxel -> mm; without one, RAS axes of
     `voxel_size` [mm]. A 2-D slice becomes (X, Y, 1); `like_input` gives results back in the shape and kind that came
-    in. Raises ValueError in one sentence for a wrong shape, NaN, infinite or negative activity, an empty image, an
-    absurd voxel size or dose.
+    in. halves: two images (X, Y, Z), each from its own half of the LPET's counts, or None: what self-supervised stage 2
+    learns from. sinogram: the LPET's acquisition, where it is known. Raises ValueError in one sentence for a wrong
+    shape, NaN, infinite or negative activity, an empty image, an absurd voxel size or dose.
     """
 
     lpet: Any
@@ -57,6 +58,8 @@ class Scan:
     tissues: Any = None
     lesions: Any = None
     lesion_table: tuple[Lesion, ...] = ()
+    halves: Any = None
+    sinogram: Any = None
     affine: np.ndarray | None = None
     voxel_size: float | tuple[float, float, float] = 2.0
     dose_reduction: float = 20.0
@@ -77,6 +80,10 @@ class Scan:
         for name, kind in (("mask", bool), ("tissues", np.uint8), ("lesions", np.uint8)):
             if getattr(self, name) is not None:
                 setattr(self, name, self._checked(name, kind))
+        if self.halves is not None:
+            if len(self.halves) != 2:
+                raise ValueError(f"halves: expected two images of half the counts each, found {len(self.halves)}")
+            self.halves = tuple(self._checked("halves", np.float32, half) for half in self.halves)
         if not _maps_to_mm(self.affine):
             raise ValueError(
                 f"{self._called('lpet')}: expected an affine (4, 4) that maps voxels to mm, found a singular or "
@@ -99,8 +106,8 @@ class Scan:
     def _called(self, name: str) -> str:
         return self.sources.get(name, {"lpet": "LPET", "spet": "SPET", "mr": "MR"}.get(name, name))
 
-    def _checked(self, name: str, kind: type) -> np.ndarray:
-        value, called = getattr(self, name), self._called(name)
+    def _checked(self, name: str, kind: type, value: Any = None) -> np.ndarray:
+        value, called = getattr(self, name) if value is None else value, self._called(name)
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
         if array.ndim == 2:
             array = array[..., None]
@@ -263,8 +270,10 @@ def load_scan(
     spet_path: str | Path | None = None,
     dose_reduction: float = 20.0,
     mask_path: str | Path | None = None,
+    half_paths: tuple[str | Path, str | Path] | None = None,
 ) -> Scan:
-    """Read a case from NIfTI files. The MR may lie on any grid: it is resampled to the PET by the affines.
+    """Read a case from NIfTI files. The MR may lie on any grid: it is resampled to the PET by the affines; all else
+    must lie on the PET's.
 
     Raises OSError when a file cannot be read, ValueError when its content will not do; each in one sentence that says
     what to do.
@@ -277,12 +286,14 @@ def load_scan(
     spet, mask = (
         None if path is None else _if_grid_of(lpet, _read(path), lpet_path, path) for path in (spet_path, mask_path)
     )
+    halves = None if half_paths is None else [_if_grid_of(lpet, _read(p), lpet_path, p) for p in half_paths]
     sources = {"lpet": lpet_path, "mr": mr_path, "spet": spet_path, "mask": mask_path}
     return Scan(
         lpet=np.asarray(lpet.dataobj, np.float32),
         mr=mr,
         spet=spet,
         mask=None if mask is None else mask > 0.5,
+        halves=halves,
         affine=lpet.affine,
         dose_reduction=dose_reduction,
         unit="input unit",

@@ -17,6 +17,7 @@ Units: activity in kBq/mL, attenuation in 1/cm, lengths in mm.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,8 +28,8 @@ from scipy import ndimage, sparse
 from .phantom import VirtualPatient, shift_settings
 from .scan import Scan
 
+Kernel = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
 FWHM_TO_SIGMA = 1 / np.sqrt(8 * np.log(2))
-SCATTER_FWHM = 25.0  # mm; scatter has the shape of heavily blurred trues
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Scanner:
     matrix: int = 128
     pixel_size: float = 2.0
     angles: int = 168
+    scatter_fwhm: float = 25.0  # mm; scatter has the shape of heavily blurred trues
 
     @classmethod
     def shifted(cls, shift: str | None) -> Scanner:
@@ -128,7 +130,7 @@ class Scanner:
         """Randoms (flat) and scatter (blurred trues), half of the contamination each; every slice keeps its own
         share."""
         total = trues.sum((0, 1), keepdims=True) * self.contamination / (1 - self.contamination)
-        sigma = SCATTER_FWHM * FWHM_TO_SIGMA / self.pixel_size
+        sigma = self.scatter_fwhm * FWHM_TO_SIGMA / self.pixel_size
         scatter = ndimage.gaussian_filter(trues, (0, sigma, 0), mode="constant")
         scatter /= np.maximum(scatter.sum((0, 1), keepdims=True), 1e-9)
         flat = 1 / (self.angles * self.matrix)
@@ -142,34 +144,44 @@ class Scanner:
 
     # --- image ---------------------------------------------------------------------------------------------------
 
-    def reconstruct(self, sinogram: Sinogram) -> np.ndarray:
+    def reconstruct(self, sinogram: Sinogram, kernel: Kernel = (np.asarray, np.asarray)) -> np.ndarray:
         """OSEM with the background in the model; returns activity [kBq/mL], (X, Y, N), non-negative.
 
         x <- x / (A_s' 1) * A_s' (y_s / (A_s x + b_s))        (Hudson & Larkin 1994), one subset s after the other
+
+        kernel: (K, its transpose), functions of an image (X, Y, N), for an image that is K x and a model A_s K instead
+        (the kernel method, Wang & Qi 2015); by default nothing.
         """
+        spread, gather = kernel
         image = np.ones((self.matrix, self.matrix, sinogram.counts.shape[-1]), np.float32)
         image *= _field_of_view(self.matrix)[..., None]
         subsets = [slice(first, None, self.subsets) for first in _subset_order(self.subsets)]
-        norms = [self.adjoint(sinogram.sensitivity[s], s, self.model_psf) for s in subsets]
+        norms = [gather(self.adjoint(sinogram.sensitivity[s], s, self.model_psf)) for s in subsets]
         floor = 1e-6 * max(float(norm.max()) for norm in norms)
         for _ in range(self.iterations):
             for subset, norm in zip(subsets, norms, strict=True):
                 gain, background = sinogram.sensitivity[subset], sinogram.background[subset]
-                expected = gain * self.forward(image, subset, self.model_psf) + background
+                expected = gain * self.forward(spread(image), subset, self.model_psf) + background
                 ratio = gain * sinogram.counts[subset] / np.maximum(expected, 1e-9)
-                image *= self.adjoint(ratio, subset, self.model_psf) / np.maximum(norm, floor)
+                image *= gather(self.adjoint(ratio, subset, self.model_psf)) / np.maximum(norm, floor)
+        image = spread(image)
         if self.post_filter:
             image = ndimage.gaussian_filter(image, self.post_filter * FWHM_TO_SIGMA / self.pixel_size, mode="nearest")
         return image
 
     def scan(
-        self, patient: VirtualPatient, dose_reduction: float = 20, seed: int | None = None, independent: bool = False
+        self,
+        patient: VirtualPatient,
+        dose_reduction: float = 20,
+        seed: int | None = None,
+        independent: bool = False,
+        halves: bool = False,
     ) -> Scan:
         """Scan a virtual patient once at standard dose and return LPET, SPET and MR on one grid.
 
         The LPET is the SPET's acquisition thinned by `dose_reduction`, so the two share 1 / dose_reduction of their
-        counts, as real list-mode pairs do; `independent=True` draws a second acquisition for it instead. `seed`
-        defaults to the patient's.
+        counts, as real list-mode pairs do; `independent=True` draws a second acquisition for it instead. `halves=True`
+        also reconstructs two halves of the LPET's counts, what stage 2 learns from. `seed` defaults to the patient's.
         """
         seed = patient.seed if seed is None else seed
         standard = self.acquire(patient.activity, patient.attenuation, seed)
@@ -184,6 +196,8 @@ class Scanner:
             tissues=patient.tissues,
             lesions=patient.lesions,
             lesion_table=patient.lesion_table,
+            halves=[self.reconstruct(half) for half in low.split(seed + 3_000_003)] if halves else None,
+            sinogram=low,
             affine=patient.affine,
             dose_reduction=dose_reduction,
             name=patient.name,

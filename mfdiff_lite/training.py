@@ -67,20 +67,21 @@ def train_stage1(
     longer finite.
     """
     out = None if out is None else Path(out)
-    if out is not None and (out / CHECKPOINT).exists() and not resume:
-        raise FileExistsError(
-            f"{out}: holds a training run already; continue it with --resume or choose another folder"
-        )
+    held = refuse_or_resume(out, resume)
     chosen = pick_device(device)
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="bf16" if chosen.type == "cuda" else "no")
+    if profile.batch % accelerator.num_processes:
+        found = f"{profile.batch} for {accelerator.num_processes} processes"
+        raise ValueError(f"batch: expected a multiple of the number of processes, found {found}; choose another batch")
     data = SliceDataset(make_cohort(profile, "train", workers), profile)
     validation = ValidationSet(profile, workers)
     model = MFdiff.from_profile(profile).to(accelerator.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=profile.learning_rate, weight_decay=1e-4)
     step, seconds, curve, revision = 0, 0.0, [], code_revision()
-    if out is not None and resume and (out / CHECKPOINT).exists():
-        step, seconds, curve = _load_checkpoint(out, profile, model, average, optimizer)
+    models = {"model": model, "average": average}
+    if held:
+        step, seconds, curve = load_checkpoint(out, profile, models, optimizer)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     running: dict[str, float] = {}
     last = None
@@ -89,26 +90,30 @@ def train_stage1(
         nonlocal last
         if out is not None and accelerator.is_main_process and last != step:
             out.mkdir(parents=True, exist_ok=True)
-            _save_checkpoint(out, profile, model, average, optimizer, step, seconds, curve)
+            save_checkpoint(out, profile, models, optimizer, step, seconds, curve)
             last = step
 
-    with _interrupt_after_step() as interrupted:
+    with interrupt_after_step() as interrupted:
         while step < profile.steps:
             began = time.monotonic()
             batch, t, noise = _global_batch(data, profile, step, model.schedule.length)
             share = slice(accelerator.process_index, None, accelerator.num_processes)
+            # The loss divides by the mean weight of its share; undone, so that the shares average to the whole batch.
+            part = float(batch["weight"][share].mean() / batch["weight"].mean())
             batch = {k: v[share].to(accelerator.device) for k, v in batch.items()}
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(profile, step)
             losses = wrapped(batch, t[share].to(accelerator.device), noise[share].to(accelerator.device))
+            losses = {key: part * value for key, value in losses.items()}
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(sum(losses.values()))
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
-            _update_average(average, model, min(profile.ema, step / (step + 10)))
+            update_average(average, model, min(profile.ema, step / (step + 10)))
             for key, value in losses.items():
-                running[key] = 0.98 * running.get(key, value.item()) + 0.02 * value.item()
+                now = accelerator.reduce(value.detach(), "mean").item()  # of the whole batch, alike in all processes
+                running[key] = 0.98 * running.get(key, now) + 0.02 * now
             if not all(map(math.isfinite, running.values())):
                 raise FloatingPointError(
                     f"stage 1: the loss is no longer finite at step {step}; "
@@ -184,12 +189,13 @@ def _global_batch(
 
 
 @torch.no_grad()
-def _update_average(average: MFdiff, model: MFdiff, decay: float) -> None:
+def update_average(average: MFdiff, model: MFdiff, decay: float) -> None:
+    """Move the averaged weights a step towards the model's: decay * average + (1 - decay) * model."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 @contextmanager
-def _interrupt_after_step() -> Iterator[threading.Event]:
+def interrupt_after_step() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event, so that a step is never cut in half (only the main thread can catch signals)."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -202,22 +208,41 @@ def _interrupt_after_step() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _save_checkpoint(out, profile, model, average, optimizer, step, seconds, curve) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {
-        f"average.{k}": v for k, v in average.state_dict().items()
-    }
+def refuse_or_resume(out: Path | None, resume: bool) -> bool:
+    """Whether `out` holds a run to go on with. Raises FileExistsError if it holds one and `resume` is off."""
+    held = out is not None and (out / CHECKPOINT).exists()
+    if held and not resume:
+        raise FileExistsError(
+            f"{out}: holds a training run already; continue it with --resume or choose another folder"
+        )
+    return held
+
+
+def save_checkpoint(
+    out: Path,
+    settings: Any,
+    models: dict[str, MFdiff],
+    optimizer: Any,
+    step: int,
+    seconds: float,
+    curve: list[dict[str, float]],
+) -> None:
+    """Everything that a run of these settings (a frozen dataclass) needs to go on exactly, in one file."""
+    tensors = {f"{name}.{k}": v for name, model in models.items() for k, v in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    note = {"profile": dataclasses.asdict(profile), "step": step, "seconds": seconds, "curve": curve}
+    note = {"profile": dataclasses.asdict(settings), "step": step, "seconds": seconds, "curve": curve}
     with whole_file(out / CHECKPOINT) as partial:
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"note": json.dumps(note)}
         )
 
 
-def _load_checkpoint(
-    out: Path, profile: Profile, model: MFdiff, average: MFdiff, optimizer: Any
-) -> tuple[int, float, list]:
+def load_checkpoint(
+    out: Path, settings: Any, models: dict[str, MFdiff], optimizer: Any
+) -> tuple[int, float, list[dict[str, float]]]:
+    """Put a checkpoint back into models and optimizer; returns its step, seconds and curve. Raises ValueError if it is
+    damaged or belongs to other settings."""
     from safetensors import SafetensorError, safe_open
 
     path = out / CHECKPOINT
@@ -227,14 +252,14 @@ def _load_checkpoint(
         tensors = load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected a checkpoint of stage 1, found a damaged file ({error}); delete it to start again"
+            f"{path}: expected a checkpoint of training, found a damaged file ({error}); delete it to start again"
         ) from None
-    wanted = json.loads(json.dumps(dataclasses.asdict(profile)))
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     changed = [key for key in wanted if note["profile"].get(key) != wanted[key]]
     if changed:
         found = ", ".join(f"{key}={note['profile'].get(key)}" for key in changed)
         raise ValueError(
-            f"{path}: expected a run of this profile, found one with {found}; "
+            f"{path}: expected a run of these settings, found one with {found}; "
             "resume with the same settings or choose another --out"
         )
     state: dict[int, dict[str, Tensor]] = {}
@@ -242,8 +267,9 @@ def _load_checkpoint(
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = value
-    for prefix, module in (("model.", model), ("average.", average)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    for name, model in models.items():
+        held = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        model.load_state_dict(held)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return note["step"], note["seconds"], note["curve"]
 

@@ -1,5 +1,7 @@
-"""The embedded anatomies, and the arithmetic of the script that builds them (its downloads are not run here)."""
+"""The embedded anatomies, and the arithmetic of the script that builds them (its downloads are not run here); then
+BrainWeb's heads on made-up files of the documented format, for no file of BrainWeb's was read here."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -8,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from scipy import ndimage
+from typer.testing import CliRunner
 
-from mfdiff_lite.anatomy import CSF, GRAY_UNNAMED, WHITE, list_anatomies, load_anatomy
+from mfdiff_lite import anatomy as anatomy_module
+from mfdiff_lite.anatomy import BRAINWEB, CSF, GRAY_UNNAMED, WHITE, list_anatomies, load_anatomy
+from mfdiff_lite.phantom import virtual_patient
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "mfdiff_lite" / "anatomies"
@@ -24,12 +30,24 @@ VOLUMES_ML = {  # grey, white, CSF: plausible for a whole average head, an own-s
 }
 
 
-@pytest.fixture(scope="module")
-def builder():
-    spec = importlib.util.spec_from_file_location("build_anatomies", ROOT / "data" / "build_anatomies.py")
+def script(name):
+    """A script of the data folder, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def builder():
+    return script("build_anatomies")
+
+
+@pytest.fixture(autouse=True)
+def fetched(tmp_path, monkeypatch):
+    """An empty folder in the place of what the reader of these lines may have downloaded."""
+    monkeypatch.setenv("MFDIFF_DATA", str(tmp_path))
+    return tmp_path
 
 
 def dice(a, b):
@@ -317,3 +335,146 @@ def test_the_card_and_the_builder_agree(builder):
     assert CARD["wheels"] == {req: {"file": file, "sha256": digest} for req, (file, digest) in builder.WHEELS.items()}
     assert [f"ahba-{donor}" for donor in builder.DONORS] == DONORS
     assert (builder.GRAY_UNNAMED, builder.WHITE, builder.CSF) == (GRAY_UNNAMED, WHITE, CSF)
+
+
+# ---- BrainWeb ------------------------------------------------------------------------------------------------------
+
+BRAINWEB_BYTES = 113_746_192
+BALL = (30.0, 40.0, 20.0)  # mm, centre of a ball of CSF to the right, front and top, so that a flipped axis shows
+
+
+def ellipsoid_head():
+    """(X, Y, Z) classes of BrainWeb's at 1 mm, about the origin: white, grey, CSF, skull, skin, and the ball."""
+    x, y, z = np.ogrid[-90:91, -126:91, -72:109]
+    radius = np.sqrt((x / 68) ** 2 + (y / 84) ** 2 + (z / 60) ** 2, dtype=np.float32)
+    classes = np.array([3, 2, 1, 7, 6, 0], np.uint8)[np.digitize(radius, [0.85, 0.95, 1.0, 1.05, 1.1])]
+    near = sum((axis - centre) ** 2 for axis, centre in zip((x, y, z), BALL, strict=True)) < 8**2
+    return np.where(near, np.uint8(1), classes)
+
+
+def write_brainweb(folder, name, content):
+    path = folder / "brainweb" / f"subject{name[-2:]}_crisp.raws.gz"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(content, compresslevel=1, mtime=0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def brainweb(tmp_path_factory):
+    """A folder with brainweb-04 at full size, and the labels it should have: every 1 mm voxel is 2 x 2 x 2 of one
+    class, but for the stray bits of a few."""
+    folder, classes = tmp_path_factory.mktemp("data"), ellipsoid_head()
+    values = (classes.T.astype("<u2") << 4).repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    values[::7, ::5, ::3] |= 5  # bits below the class
+    values[1::22, 1::20, 1::20] |= 1 << 12  # and above it: no known class, in one of eight
+    write_brainweb(folder, "brainweb-04", values.tobytes())
+    yield folder, np.array([0, CSF, GRAY_UNNAMED, WHITE, 0, 0, 0, 0], np.uint8)[classes]
+    load_anatomy.cache_clear()
+
+
+def test_brainweb_head(brainweb, monkeypatch):
+    folder, expected = brainweb
+    monkeypatch.setenv("MFDIFF_DATA", str(folder))
+    anatomy = load_anatomy("brainweb-04")
+    assert anatomy.name == "brainweb-04" and anatomy.t1 is None and anatomy.labels.dtype == np.uint8
+    np.testing.assert_array_equal(anatomy.labels, expected)
+    np.testing.assert_array_equal(anatomy.affine[:3, :3], np.eye(3))
+    assert anatomy.regions == load_anatomy("icbm152").regions
+    for signs in np.ndindex(2, 2, 2):
+        x, y, z, _ = np.linalg.inv(anatomy.affine) @ [*np.where(signs, BALL, np.negative(BALL)), 1]
+        assert anatomy.csf[int(x), int(y), int(z)] == all(signs)
+    with pytest.raises(ValueError, match="read-only"):
+        anatomy.labels[...] = 0
+    assert load_anatomy("brainweb-04") is anatomy
+    assert list_anatomies() == [*NAMES, "brainweb-04"]
+
+
+def test_virtual_patient_of_a_brainweb_head(brainweb, monkeypatch):
+    monkeypatch.setenv("MFDIFF_DATA", str(brainweb[0]))
+    patient = virtual_patient(load_anatomy("brainweb-04"), 1, slices=4)
+    assert patient.name == "brainweb-04-1" and patient.activity.shape == (128, 128, 4)
+    assert {1, 2, 3} == set(np.unique(patient.tissues).tolist()) - {0}
+    grey, white = (patient.activity[patient.tissues == tissue].mean() for tissue in (1, 2))
+    assert grey > white > 0 and np.isfinite(patient.mr).all()
+
+
+def test_half_a_millimetre_becomes_one_by_majority():
+    """Shares of 2 x 2 x 2: 5 to 3 decides, a tie goes to the first of the eight, stray bits are outvoted."""
+    eights = [[3, 3, 3, 2, 2, 2, 2, 2], [3, 3, 3, 3, 2, 2, 2, 2], [2, 2, 2, 2, 3, 3, 3, 3], [1, 1, 1, 3, 3, 2, 7, 7]]
+    eights += [[0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 99, 0, 0, 0], [4, 5, 6, 7, 8, 9, 10, 11]]
+    values = np.stack([np.reshape(eight, (2, 2, 2)) for eight in eights]).astype("<u2") << 4 | 3
+    found = anatomy_module._brainweb_labels(np.concatenate(values, axis=2))  # a row along X
+    assert found[:, 0, 0].tolist() == [GRAY_UNNAMED, WHITE, GRAY_UNNAMED, CSF, 0, CSF, 0]
+
+
+def test_majority_keeps_volumes():
+    """Ellipsoids whose borders do not follow the grid: no tissue grows or shrinks by 1 %."""
+    z, y, x = np.ogrid[-40:40, -50:50, -44:44]
+    radius = np.sqrt(((z - 0.3) / 35) ** 2 + ((y + 0.2) / 45) ** 2 + ((x - 0.4) / 39) ** 2)
+    classes = np.array([3, 2, 1, 7])[np.digitize(radius, [0.7, 0.85, 1.0])]
+    labels = anatomy_module._brainweb_labels(classes.astype("<u2") << 4)
+    for kind, label in ((1, CSF), (2, GRAY_UNNAMED), (3, WHITE)):
+        assert np.count_nonzero(labels == label) == pytest.approx(np.count_nonzero(classes == kind) / 8, rel=0.01)
+
+
+def refused(error, path, *words):
+    """Loading brainweb-05 raises `error` in one sentence that names the file and has `words`."""
+    with pytest.raises(error) as caught:
+        load_anatomy("brainweb-05")
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{path}: expected ") and "found" in sentence and "\n" not in sentence
+    for word in words:
+        assert word in sentence, sentence
+
+
+def test_brainweb_not_fetched(fetched):
+    path = fetched / "brainweb" / "subject05_crisp.raws.gz"
+    refused(OSError, path, "no such file", "`python data/download.py brainweb`", "MFDIFF_DATA")
+
+
+def test_brainweb_file_truncated_or_no_gzip(fetched):
+    path = write_brainweb(fetched, "brainweb-05", bytes(10**6))
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:-6], b"<html>no</html>", b""):
+        path.write_bytes(content)
+        refused((OSError, ValueError), path, "run `python data/download.py brainweb` again")
+
+
+@pytest.mark.parametrize("size", [0, 1000, BRAINWEB_BYTES // 2, BRAINWEB_BYTES + 2])
+def test_brainweb_file_of_another_size(fetched, size):
+    path = write_brainweb(fetched, "brainweb-05", bytes(size))
+    found = "more" if size > BRAINWEB_BYTES else f"{size:,}"
+    refused(ValueError, path, "113,746,192 bytes after gunzip", f"found {found};")
+
+
+def test_a_foreign_file_of_the_right_size(fetched):
+    path = write_brainweb(fetched, "brainweb-05", b"\xc0\x00" * (BRAINWEB_BYTES // 2))  # class 12 everywhere
+    refused(ValueError, path, "classes 0 to 11", "56,873,096 voxels")
+
+
+def test_a_file_without_a_head(fetched, monkeypatch):
+    monkeypatch.setattr(anatomy_module, "BRAINWEB_SHAPE", (4, 6, 8))
+    refused(ValueError, write_brainweb(fetched, "brainweb-05", bytes(2 * 4 * 6 * 8)), "no grey or no white matter")
+
+
+def test_unknown_brainweb_subject():
+    with pytest.raises(ValueError, match="'brainweb-07' is not known; expected one of icbm152, .*brainweb-04, .*-54"):
+        load_anatomy("brainweb-07")
+
+
+def test_reader_and_download_script_agree(fetched, monkeypatch):
+    """On names, format and folder, with MFDIFF_DATA, without, and with an empty one."""
+    download = script("download")
+    items = download.SOURCES["brainweb"].items
+    assert [anatomy_module._brainweb_file(name) for name in BRAINWEB] == [fetched / "brainweb" / i.path for i in items]
+    assert 2 * np.prod(anatomy_module.BRAINWEB_SHAPE) == download.BRAINWEB_BYTES == BRAINWEB_BYTES
+    assert anatomy_module.BRAINWEB_CLASSES == download.BRAINWEB_CLASSES
+    assert anatomy_module.BRAINWEB_STRAY == download.STRAY_LABELS
+    app = typer.Typer()
+    app.command()(download.main)
+    for folder in (str(fetched), "", None):
+        monkeypatch.setenv("MFDIFF_DATA", folder) if folder is not None else monkeypatch.delenv("MFDIFF_DATA")
+        result = CliRunner().invoke(app, ["openneuro-ds004513", "--dry-run"])
+        assert result.exit_code == 0, result.output
+        assert f"{anatomy_module.data_folder().resolve() / 'openneuro-ds004513'}: " in result.output
+    assert anatomy_module.data_folder() == download.DOWNLOADS

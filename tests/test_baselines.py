@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mfdiff_lite.baselines import gaussian, mr_guided, non_local_means, tune
+from mfdiff_lite.anatomy import load_anatomy
+from mfdiff_lite.baselines import gaussian, kernel_em, mr_guided, mr_kernel, non_local_means, tune
 from mfdiff_lite.metrics import psnr
+from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import ActivityScale, Scan, scale_mr
+from mfdiff_lite.scanner import Scanner
 
 SHAPE = (36, 40, 10)
 HALVES = np.where(np.arange(SHAPE[0]) < 18, 10.0, 4.0)[:, None, None] * np.ones(SHAPE)
@@ -71,7 +74,7 @@ def test_mr_guided_equals_the_plain_sum_over_neighbours():
         for y in range(at[1] - reach, at[1] + reach + 1):
             for z in range(at[2] - reach, at[2] + reach + 1):
                 apart = (x - at[0]) ** 2 + (y - at[1]) ** 2 + (z - at[2]) ** 2
-                weight = np.exp(-0.5 * (apart / sd**2 + ((mr[x, y, z] - mr[at]) / 0.7) ** 2))
+                weight = (apart <= 9 * sd**2) * np.exp(-0.5 * (apart / sd**2 + ((mr[x, y, z] - mr[at]) / 0.7) ** 2))
                 total, weights = total + weight * scan.lpet[x, y, z], weights + weight
     assert mr_guided(scan, 6.0, 0.7)[at] == pytest.approx(total / weights, rel=1e-5)
 
@@ -86,6 +89,36 @@ def test_the_mr_keeps_an_edge_that_a_gaussian_blurs():
 def test_mr_guided_without_mr_says_so():
     with pytest.raises(ValueError, match="halves-0: expected a scan with MR"):
         mr_guided(noisy(mr=False))
+
+
+def test_the_mr_kernel_averages_and_its_transpose_is_exact():
+    spread, gather = mr_kernel(noisy(), 5.0, 0.5)
+    rng = np.random.default_rng(0)
+    x, y = rng.random((2, *SHAPE))
+    np.testing.assert_allclose(spread(np.ones(SHAPE)), 1, rtol=1e-5)
+    assert np.vdot(spread(x), y) == pytest.approx(np.vdot(x, gather(y)), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def acquired():
+    patient = virtual_patient(load_anatomy("ahba-15496"), 2, slices=4)
+    return Scanner().scan(patient, 20)
+
+
+def test_kernel_em_with_a_kernel_of_one_voxel_is_osem(acquired):
+    alone = kernel_em(acquired, fwhm=0.5)
+    np.testing.assert_allclose(alone, acquired.lpet, rtol=1e-3, atol=1e-3 * acquired.lpet.max())
+
+
+def test_kernel_em_denoises_and_keeps_the_activity(acquired):
+    restored, mask = kernel_em(acquired), acquired.mask
+    assert psnr(restored, acquired.spet, mask) > psnr(acquired.lpet, acquired.spet, mask) + 2
+    assert restored[mask].sum() == pytest.approx(acquired.spet[mask].sum(), rel=0.05)
+
+
+def test_kernel_em_without_counts_says_so():
+    with pytest.raises(ValueError, match="expected a scan with its sinogram"):
+        kernel_em(noisy())
 
 
 def test_non_local_means_averages_what_looks_alike():

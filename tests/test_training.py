@@ -11,7 +11,7 @@ import torch
 from mfdiff_lite.cohort import SliceDataset, make_cohort
 from mfdiff_lite.config import load_profile
 from mfdiff_lite.model import MFdiff, load_model
-from mfdiff_lite.training import CHECKPOINT, WEIGHTS, _update_average, learning_rate, train_stage1
+from mfdiff_lite.training import CHECKPOINT, WEIGHTS, learning_rate, train_stage1, update_average
 
 TINY = load_profile(
     "smoke",
@@ -105,7 +105,7 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path):
 def test_the_average_is_an_exponential_one():
     one, two = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     expected = 0.9 * one.weight.detach() + 0.1 * two.weight.detach()
-    _update_average(one, two, 0.9)
+    update_average(one, two, 0.9)
     assert torch.allclose(one.weight, expected)
 
 

@@ -1,0 +1,237 @@
+"""Stage 2: objectives that know no SPET choose what the SPET would choose; what is trained, kept, refused, resumed."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+
+from mfdiff_lite.adaptation import (
+    BORROWED,
+    WEIGHTS,
+    TargetSlices,
+    _settled,
+    adapt,
+    noise_like,
+    specific_parameters,
+    train_stage2,
+)
+from mfdiff_lite.anatomy import load_anatomy
+from mfdiff_lite.config import Adaptation, load_profile
+from mfdiff_lite.metrics import psnr
+from mfdiff_lite.model import MFdiff, load_model, residual_sd
+from mfdiff_lite.phantom import virtual_patient
+from mfdiff_lite.scan import ActivityScale, Scan
+from mfdiff_lite.scanner import Scanner
+
+FEW = Adaptation(steps=6, batch=2, rehearsal_patients=1, validate_every=2, patience=3)
+WIDTHS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 13.0)  # mm, of filters in the model's place
+
+
+class Filter(nn.Module):
+    """A Gaussian of `fwhm` in the axial plane where the fusion module would be: a linear f whose risk is known."""
+
+    def __init__(self, fwhm: float, context: int = 1):
+        super().__init__()
+        self.fwhm, self.nothing = fwhm, nn.Parameter(torch.zeros(1))
+        self.fusion = lambda pet, mr, dose: SimpleNamespace(coarse=torch.from_numpy(self(pet.numpy())))
+        self.context = context
+
+    def forward(self, pet: np.ndarray) -> np.ndarray:
+        sd = self.fwhm / 2.355 / 2
+        return ndimage.gaussian_filter(pet[:, pet.shape[1] // 2, None], (0, 0, sd, sd), mode="nearest")
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A scan with its halves from the real scanner, eight slices of the validation anatomy."""
+    patient = virtual_patient(load_anatomy("ahba-15496"), 3, slices=10)
+    return Scanner().scan(patient, 20, halves=True)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return MFdiff.from_profile(load_profile("smoke", fusion_widths="8,8,8", denoiser_widths="8,8,8"))
+
+
+def synthetic(seed: int, blur: float = 1.0, sd: float = 0.08) -> tuple[Scan, np.ndarray]:
+    """A disc of stripes with a soft edge, with coloured normal noise, a share of the activity, in each half; (scan,
+    truth)."""
+    rng = np.random.default_rng(seed)
+    x = np.indices((64, 64, 10)) - 31.5
+    disc = np.clip((28 - np.hypot(x[0], x[1])) / 8, 0, 1)
+    truth = (disc * (10 + np.sin(x[0] / 3))).astype(np.float32)
+    white = rng.standard_normal((2, *truth.shape))
+    noise = ndimage.gaussian_filter(white, (0, blur, blur, 0))
+    noise *= sd * np.sqrt(2) / noise.std() * truth
+    a, b = (np.clip(truth + n, 0, None) for n in noise)
+    return Scan((a + b) / 2, spet=truth, halves=(a, b), name=f"synthetic-{seed}"), truth
+
+
+def risks(scan: Scan, objective: str, widths=WIDTHS) -> np.ndarray:
+    """Held-out loss of filters of several widths."""
+    data = TargetSlices([scan], Adaptation(objective=objective), context=1)
+    return np.array([data.held_out_loss(Filter(width)) for width in widths])
+
+
+def test_sure_is_the_true_error_plus_a_known_constant():
+    """E[|f(y) - y|^2 + 2 n' J n] = E|f(y) - x|^2 + tr(cov), for a linear f and the covariance that the halves show."""
+    differences, errors = [], []
+    for seed in range(12):
+        scan, truth = synthetic(seed)
+        held = np.arange(truth.shape[2]) % 5 == 2
+        unit = ActivityScale(scan.lpet, scan.voxel_size).value * float(residual_sd(torch.tensor([20.0])))
+        inside = ActivityScale(scan.lpet, scan.voxel_size).mask
+        weight = np.where(inside, 1.0, 0.2)[..., held]
+        weight /= weight.mean()
+        noise = (scan.halves[0] - scan.halves[1]) / 2
+        for width in (2.0, 5.0):
+            restored = np.moveaxis(Filter(width)(np.moveaxis(scan.lpet, -1, 0)[:, None])[:, 0], 0, -1)
+            true = (weight * (restored - truth)[..., held] ** 2).mean() / unit**2
+            power = (weight * noise[..., held] ** 2).mean() / unit**2
+            differences.append(risks(scan, "sure", [width])[0] - true - power)
+            errors.append(true)
+    differences = np.array(differences)
+    assert abs(differences.mean()) < 4 * differences.std() / np.sqrt(len(differences)) + 0.02 * np.mean(errors)
+    assert differences.std() < 0.2 * np.mean(errors)
+
+
+@pytest.mark.parametrize("objective", ["split", "sure"])
+def test_the_objectives_choose_the_filter_that_the_truth_would_choose(objective):
+    scan, truth = synthetic(5)
+    images = np.moveaxis(scan.lpet if objective == "sure" else scan.halves[0], -1, 0)[:, None]
+    held = np.arange(truth.shape[2]) % 5 == 2
+    true = [((np.moveaxis(Filter(w)(images)[:, 0], 0, -1) - truth)[..., held] ** 2).mean() for w in WIDTHS]
+    assert abs(int(np.argmin(risks(scan, objective))) - int(np.argmin(true))) <= 1
+    assert 0 < np.argmin(true) < len(WIDTHS) - 1, "the best width must not be an end of the grid"
+
+
+@pytest.mark.parametrize("objective", ["split", "sure"])
+def test_on_the_scanner_too_they_choose_what_the_spet_would(measured, objective):
+    """With OSEM's own noise, known from the halves only."""
+    halves, widths = [dataclasses.replace(measured, lpet=half) for half in measured.halves], np.arange(2, 10, 1.0)
+    data = {name: TargetSlices([measured], Adaptation(objective=name), 1) for name in (objective, "paired")}
+    found = widths[np.argmin([data[objective].held_out_loss(Filter(width)) for width in widths])]
+    seen = halves if objective == "split" else [measured]
+    spet = [np.mean([psnr(_filtered(s.lpet, w), measured.spet, measured.mask) for s in seen]) for w in widths]
+    assert abs(found - widths[np.argmax(spet)]) <= 1
+
+
+def _filtered(volume, fwhm):
+    return ndimage.gaussian_filter(volume, (fwhm / 2.355 / 2, fwhm / 2.355 / 2, 0), mode="nearest")
+
+
+def test_borrowed_noise_has_the_power_and_the_colour_of_the_noise_and_not_its_own():
+    rng = np.random.default_rng(0)
+    noise = ndimage.gaussian_filter(rng.standard_normal((48, 48, 40)), (1.5, 1.5, 0))
+    noise *= 2 / noise.std()
+    lent = noise_like((50 + noise).astype(np.float32))
+    assert lent.std() == pytest.approx(2, rel=0.05)
+    for shift in (1, 2, 3):
+        correlation = [np.mean(n * np.roll(n, shift, 0)) / np.mean(n * n) for n in (noise, lent)]
+        assert correlation[1] == pytest.approx(correlation[0], abs=0.03)
+    assert abs(np.mean(lent * noise)) < 0.05 * noise.var()
+
+
+def test_a_slice_does_not_enter_the_noise_it_is_lent():
+    """Nor do the neighbours that the model sees beside it: what was fitted to them must not be called noise."""
+    lpet = np.random.default_rng(0).gamma(5, 2, (16, 16, 24)).astype(np.float32)
+    changed = lpet.copy()
+    changed[..., 12] += 0.1 * (-1) ** np.indices((16, 16)).sum(0)  # leaves the smoothed activity alone
+    moved = np.flatnonzero((np.abs(noise_like(changed) - noise_like(lpet)) > 1e-2).any((0, 1)))
+    assert len(moved) and (np.abs(moved - 12) >= BORROWED - 1).all()
+
+
+def test_trained_are_five_to_fifteen_per_cent_and_nothing_else_changes(tiny, measured):
+    model = MFdiff.from_profile(load_profile("cpu"))
+    share = sum(p.numel() for p in specific_parameters(model)) / model.n_parameters
+    assert 0.05 <= share <= 0.15
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    adapted = adapt(tiny, measured, "split", settings=FEW, device="cpu", workers=1)
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items()), "the parent is not touched"
+    names = {n for n, p in tiny.named_parameters() if any(p is q for q in specific_parameters(tiny))}
+    changed = {k for k, v in adapted.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and changed <= names
+    tiny.requires_grad_(True)
+
+
+@pytest.mark.parametrize("objective", ["split", "sure", "paired"])
+def test_it_learns_and_says_from_whom(tiny, measured, objective):
+    """From a head that says nothing yet, each objective brings the coarse estimate nearer to the SPET."""
+    settings = dataclasses.replace(FEW, steps=20, batch=4, learning_rate=5e-3, ema=0.7, validate_every=5)
+    *_, last = train_stage2(tiny, measured, objective, settings=settings, device="cpu", workers=1)
+    before, after = (m.restore(measured, 1).coarse for m in (tiny, last.model))
+    assert psnr(after, measured.spet, measured.mask) > psnr(before, measured.spet, measured.mask) + 0.05
+    assert last.best > 0 and min(c["loss"] for c in last.held_out) < last.held_out[0]["loss"]
+    card = last.model.card
+    assert card["parent"]["fingerprint"] == tiny.fingerprint != last.model.fingerprint
+    assert card["adaptation"]["objective"] == objective and card["target"] == [measured.name]
+
+
+def test_a_cut_run_resumes_to_the_same_weights(tiny, measured, tmp_path):
+    options = {"settings": FEW, "device": "cpu", "workers": 1}
+    uncut = adapt(tiny, measured, "split", **options)
+    run = train_stage2(tiny, measured, "split", out=tmp_path, **options)
+    for _ in range(3):
+        next(run)
+    run.close()
+    with pytest.raises(FileExistsError, match="--resume"):
+        next(train_stage2(tiny, measured, "split", out=tmp_path, **options))
+    states = list(train_stage2(tiny, measured, "split", out=tmp_path, resume=True, **options))
+    assert [s.step for s in states] == [3, 4, 5, 6]
+    stored = load_model(tmp_path / WEIGHTS, "cpu")
+    assert stored.fingerprint == uncut.fingerprint == states[-1].model.fingerprint
+    with pytest.raises(ValueError, match="other|seed"):
+        next(
+            train_stage2(tiny, measured, "split", out=tmp_path, resume=True, settings=dataclasses.replace(FEW, seed=1))
+        )
+
+
+def test_without_a_gain_the_parent_is_kept_and_it_stops(tiny, measured):
+    """A learning rate that only does harm: the held-out loss says so."""
+    wild = dataclasses.replace(FEW, learning_rate=3.0, steps=60, validate_every=1, patience=2, ema=0.0)
+    states = list(train_stage2(tiny, measured, "split", settings=wild, device="cpu", workers=1))
+    assert states[-1].step < 60 and _settled(states[-1].held_out, wild)
+    if states[-1].best == 0:
+        assert states[-1].model.fingerprint == tiny.fingerprint
+
+
+def test_held_out_slices_are_never_learned_from(measured):
+    data = TargetSlices([measured], FEW, context=3)
+    scan = data.scans[0]
+    assert list(scan["held"]) == [2, 7] and not set(scan["held"]) & set(scan["learned"])
+    middles = {float(x) for step in range(40) for x in data.batch(step)["lpet"][:, 1].sum((1, 2)).round(decimals=1)}
+    held = {float(scan["lpet"][z].sum().round(decimals=1)) for z in scan["held"]}
+    assert not middles & held
+
+
+@pytest.mark.parametrize(
+    "objective, change, words",
+    [
+        ("split", {"halves": None}, "count halves"),
+        ("sure", {"halves": None}, "its noise cannot be estimated"),
+        ("paired", {"spet": None}, "expected the SPET"),
+    ],
+)
+def test_an_objective_without_what_it_needs_is_refused(tiny, measured, objective, change, words):
+    short = {k: getattr(measured, k)[..., :6] for k in ("lpet", "mr", "spet")}
+    scan = Scan(**short | {"halves": [h[..., :6] for h in measured.halves]} | change, name="target")
+    with pytest.raises(ValueError, match=words):
+        next(train_stage2(tiny, scan, objective, settings=FEW, device="cpu", workers=1))
+
+
+def test_too_few_slices_and_unknown_objectives_are_refused(tiny, measured):
+    thin = Scan(measured.lpet[..., :4], halves=[h[..., :4] for h in measured.halves])
+    with pytest.raises(ValueError, match="at least 5 slices"):
+        next(train_stage2(tiny, thin, "split", settings=FEW, device="cpu", workers=1))
+    with pytest.raises(ValueError, match="split, sure, paired"):
+        next(train_stage2(tiny, measured, "magic", settings=FEW, device="cpu", workers=1))
+
+
+def test_sure_without_halves_says_what_it_assumed(tiny, measured):
+    scan = Scan(measured.lpet, measured.mr, name="no-halves")
+    adapted = adapt(tiny, scan, "sure", settings=dataclasses.replace(FEW, steps=1), device="cpu", workers=1)
+    assert "slice" in adapted.card["assumed_about_noise"]
