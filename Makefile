@@ -23,7 +23,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 stale      = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks train results results-check evidence ablations anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks train results results-check evidence ablations adaptation anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -67,6 +67,9 @@ evidence: $(STAMP_DEV)  ## measure the shipped weights against filters, wrong MR
 
 ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at one budget (hours), and compare
 	$(PY) benchmarks/ablations.py $(ARGS)
+
+adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose image (an hour), and compare
+	$(PY) benchmarks/adaptation.py $(ARGS)
 
 anatomies: $(STAMP_DEV)  ## rebuild the embedded anatomies and compare with the stored files
 	$(PY) data/build_anatomies.py --check $(ARGS)

@@ -50,8 +50,9 @@ FROM_SLICES = "noise independent from slice to slice, anatomy alike in neighbour
 
 @dataclasses.dataclass(frozen=True)
 class AdaptationState:
-    """What a step of stage 2 shows. loss: running mean on the target; held_out: [{step, loss}] so far, per voxel and
-    relative to the parent (negative: better); best: step of the weights to keep; model: those weights, live."""
+    """What a step of stage 2 shows. loss: running mean on the target; held_out: [{"step", "loss"}] so far, the first
+    one the parent's; best: step of the lowest, 0 for the parent; model: the weights of that step, to keep; now: the
+    averaged weights of this step."""
 
     step: int
     steps: int
@@ -60,6 +61,7 @@ class AdaptationState:
     best: int
     seconds: float
     model: MFdiff
+    now: MFdiff
 
 
 def train_stage2(
@@ -88,7 +90,7 @@ def train_stage2(
     student = copy.deepcopy(model).to(pick_device(device))
     simulated = None if settings.rehearsal == 0 else _simulated(settings, model.fusion.context, workers)
     average, best = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
-    trained = specific_parameters(student)
+    trained = specific_parameters(student) if settings.trained == "specific" else list(student.parameters())
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0)
     step, seconds, running, curve = 0, 0.0, 0.0, [{"step": 0, "loss": data.held_out_loss(student)}]
     models = {"model": student, "average": average, "best": best}
@@ -126,7 +128,7 @@ def train_stage2(
                 "training_minutes": round(seconds / 60, 1),
                 "held_out_loss": curve,
             }
-            yield AdaptationState(step, settings.steps, running, list(curve), _best(curve), seconds, best)
+            yield AdaptationState(step, settings.steps, running, list(curve), _best(curve), seconds, best, average)
     if out is not None:
         save_model(best, out / WEIGHTS, best.card)
 

@@ -33,7 +33,7 @@ class Profile:
     denoiser_widths: tuple[int, ...] = (24, 48, 96)  # empty: no diffusion, a regression U-Net
     context: int = 5  # neighbouring slices of each modality that the fusion module sees
     # stage 1
-    steps: int = 6000
+    steps: int = 4500
     batch: int = 8
     crop: int = 96  # pixels
     learning_rate: float = 8e-4
@@ -88,10 +88,13 @@ class Adaptation:
     ema: float = 0.98
     validate_every: int = 20
     patience: int = 4  # validations without a lower held-out loss before it stops
+    trained: str = "specific"  # "all" weights: for stage 2 from scratch, the comparison
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {self.objective!r}")
+        if self.trained not in ("specific", "all"):
+            raise ValueError(f"trained: expected specific or all, found {self.trained!r}")
         for key in ("steps", "batch", "rehearsal_patients", "validate_every", "patience"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: expected at least 1, found {getattr(self, key)}")

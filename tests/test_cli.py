@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from mfdiff_lite import __main__ as cli
 from mfdiff_lite.config import load_profile
-from mfdiff_lite.model import MFdiff, save_model
+from mfdiff_lite.model import MFdiff, load_model, save_model
 
-NAMES = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions")
+NAMES = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions", "half_a", "half_b")
 
 
 def run(*arguments):
@@ -703,3 +703,97 @@ def test_process_good(tmp_path, files, weights):
     )
     assert status == 0 and "Traceback" not in stderr and f"wrote {tmp_path / 'o.nii.gz'}" in stdout
     assert nib.load(tmp_path / "o.nii.gz").shape == head().shape
+
+
+# --- adapt -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory):
+    """A case of six slices on another scanner, with its count halves."""
+    folder = tmp_path_factory.mktemp("target") / "case"
+    result = run("simulate", "--out", folder, "--seed", 4, "--slices", 6, "--shift", "wide-psf+scatter")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def adapting(target, weights, out, *more, halves=True):
+    files = [f"--half-{h}={target / f'half_{h}.nii.gz'}" for h in "ab"] if halves else []
+    options = [
+        "--lpet",
+        target / "lpet.nii.gz",
+        "--mr",
+        target / "mr.nii.gz",
+        "--weights",
+        weights,
+        "--out",
+        out,
+        *files,
+    ]
+    return ["adapt", *options, "steps=2", "batch=2", "rehearsal_patients=1", "validate_every=1", *more]
+
+
+def test_halves_add_up_to_the_lpet(target):
+    a, b, lpet = (nib.load(target / f"{name}.nii.gz").get_fdata() for name in ("half_a", "half_b", "lpet"))
+    assert ((a + b) / 2).sum() == pytest.approx(lpet.sum(), rel=0.01)
+    assert not np.allclose(a, b)
+
+
+def test_adapt_writes_weights_that_restore_and_say_where_they_come_from(target, weights, tmp_path):
+    out = tmp_path / "adapted.safetensors"
+    result = run(*adapting(target, weights, out, "--objective", "split"))
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in tmp_path.iterdir()} == {"adapted.safetensors", "adapted.json"}
+    card = json.loads(out.with_suffix(".json").read_text())
+    assert card["parent"]["fingerprint"] == load_model(weights, "cpu").fingerprint and card["target"] == ["lpet"]
+    files = ["--lpet", target / "lpet.nii.gz", "--mr", target / "mr.nii.gz", "--out", tmp_path / "r.nii.gz"]
+    restored = run("restore", *files, "--weights", out, "--samples", 1)
+    assert restored.exit_code == 0 and "stage 2 by 'split' on lpet" in restored.stdout
+    again = run(*adapting(target, weights, out, "--objective", "split"))
+    refused(again, "exists already", "--force")
+
+
+def test_adapt_resumes_after_ctrl_c(target, weights, tmp_path, monkeypatch):
+    """Cut after its first step: a `.run` folder holds it, --resume ends where an uncut run ends."""
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    assert run(*adapting(target, weights, whole, "--objective", "split")).exit_code == 0
+    from mfdiff_lite import adaptation
+
+    genuine = adaptation.train_stage2
+
+    def one_step(*args, **kwargs):
+        yield next(genuine(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptation, "train_stage2", one_step)
+        stopped = run(*adapting(target, weights, cut, "--objective", "split"))
+    assert stopped.exit_code == 130 and "--resume" in stopped.stderr and not cut.exists()
+    refused(run(*adapting(target, weights, cut, "--objective", "split")), "holds a training run already")
+    assert run(*adapting(target, weights, cut, "--objective", "split", "--resume")).exit_code == 0
+    assert load_model(cut, "cpu").fingerprint == load_model(whole, "cpu").fingerprint
+    assert not cut.with_suffix(".run").exists()
+
+
+@pytest.mark.parametrize(
+    "more, halves, parts",
+    [
+        (["--objective", "split"], False, ["expected count halves", "'sure'"]),
+        (["--objective", "sure"], False, ["at least 8 slices", "cannot be estimated"]),
+        (["--objective", "paired"], True, ["expected the SPET"]),
+        (["--objective", "best"], True, ["objective: expected one of split, sure, paired, found 'best'"]),
+        (["--objective", "split", "speed=3"], True, ["unknown key 'speed'", "learning_rate"]),
+        (["--objective", "split", "steps"], True, ["expected key=value"]),
+        (["--objective", "sure", "--half-a", "a.nii.gz"], False, ["expected both halves or none"]),
+    ],
+)
+def test_adapt_refuses(target, weights, tmp_path, more, halves, parts):
+    refused(run(*adapting(target, weights, tmp_path / "w.safetensors", *more, halves=halves)), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapt_wants_the_right_ending_and_the_lpets_grid(target, case, weights, tmp_path):
+    refused(run(*adapting(target, weights, tmp_path / "w.pt", "--objective", "split")), "ends in .safetensors")
+    files = [f"--half-a={case / 'half_a.nii.gz'}", f"--half-b={case / 'half_b.nii.gz'}"]
+    arguments = adapting(target, weights, tmp_path / "w.safetensors", "--objective", "split", *files, halves=False)
+    refused(run(*arguments), "half_a.nii.gz: expected the grid of .*lpet.nii.gz")

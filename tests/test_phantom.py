@@ -390,7 +390,6 @@ def test_skull_stripping(donor):
 
 
 def test_every_shift_names_real_settings():
-    assert set(SHIFTS) == {"edge-scanner", "low-contrast", "t2-mr"}
     for name in SHIFTS:
         settings = shift_settings(name)
         dataclasses.replace(Randomisation(), **settings["patient"])
@@ -402,6 +401,20 @@ def test_low_contrast_shift(donor):
     for seed in range(4):
         truth = virtual_patient(donor, seed, "low-contrast", slices=2).truth
         assert 1.6 <= truth["grey"] / truth["white"] <= 2.0
+
+
+def test_amyloid_shift_takes_up_more_in_white_matter(donor):
+    for seed in range(4):
+        truth = virtual_patient(donor, seed, "amyloid", slices=2).truth
+        assert 0.55 <= truth["grey"] / truth["white"] <= 0.8
+
+
+def test_shifts_can_be_joined():
+    joined = shift_settings("wide-psf+t2-mr+scatter")
+    assert joined["patient"] == SHIFTS["t2-mr"]["patient"]
+    assert joined["scanner"] == SHIFTS["wide-psf"]["scanner"] | SHIFTS["scatter"]["scanner"]
+    with pytest.raises(ValueError, match="found 'fog'"):
+        shift_settings("t2-mr+fog")
 
 
 def test_t2_shift(donor):

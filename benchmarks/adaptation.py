@@ -1,0 +1,184 @@
+"""Stage 2 on OOD emulations: what adapting to one scan without a standard-dose image gains, and what it costs.
+
+    make adaptation                                         # every shift of SHIFTS, some 6 minutes each on 2 cores
+    python benchmarks/adaptation.py wide-psf amyloid        # these only; results of others stay
+    python benchmarks/adaptation.py --validation            # for choosing settings; nothing is written
+
+Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
+the oracle learns from SPETs of three other patients of the same shift. `in distribution` is a patient of the default
+scanner, restored with the weights that were adapted to the target. Writes results/adaptation.json and .png, and the
+rows of group "adapt" in results/targets.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import numpy as np
+import typer
+from tqdm import tqdm
+
+from mfdiff_lite import metrics
+from mfdiff_lite.adaptation import train_stage2
+from mfdiff_lite.anatomy import load_anatomy
+from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES, Adaptation, load_profile
+from mfdiff_lite.evaluation import score
+from mfdiff_lite.model import MFdiff, load_pretrained
+from mfdiff_lite.phantom import SHIFTS, virtual_patient
+from mfdiff_lite.scan import Scan
+from mfdiff_lite.scanner import Scanner
+from results import DOSE, LESIONS, RESULTS, Targets, write_json
+
+PAIRS = ("wide-psf+few-counts", "amyloid+t2-mr")
+K = 4  # samples of a restoration
+GOALS = {
+    "oracle_gap": ("PSNR of the oracle over stage 1 on OOD emulations, mean over shifts", "dB", ">=", 0.7, None),
+    "gap_closed": ("share of that gap closed by stage 2 'split'", "%", ">=", 40.0, 65.0),
+    "gap_closed_sure": ("share of that gap closed by stage 2 'sure'", "%", ">=", 40.0, 65.0),
+    "worst_shift": ("stage 2 'split' minus stage 1 on the worst shift", "dB", ">=", -0.1, 0.0),
+    "id_loss": ("PSNR lost in distribution after 'split', mean over shifts", "dB", "<=", 0.2, 0.1),
+    "from_scratch": ("stage 2 'split' from stage 1's weights over the same from scratch", "dB", ">=", 1.0, 2.0),
+    "stop_rule": ("PSNR at the stop rule's step below the best validation in hindsight", "dB", "<=", 0.2, 0.05),
+    "minutes": ("adapting to one 64-slice scan by 'split'", "min", "<=", 15.0, 5.0),
+}
+
+
+def target(shift: str | None, seed: int, slices: int, anatomies: tuple[str, ...]) -> Scan:
+    """A scan with count halves; patients of different seeds differ."""
+    patient = virtual_patient(load_anatomy(anatomies[0]), seed, shift, slices, LESIONS)
+    return Scanner.shifted(shift).scan(patient, DOSE, halves=True)
+
+
+def judged(model: MFdiff, scan: Scan) -> dict[str, float]:
+    """All metrics against SPET, with the MR leak against truth."""
+    mean = model.restore(scan, K).mean
+    leak = score(mean, scan.activity, scan.mask, scan)["mr_leak"]
+    return score(mean, scan.spet, scan.mask, scan) | {"mr_leak": leak}
+
+
+def coarse_psnr(model: MFdiff, scan: Scan) -> float:
+    return metrics.psnr(model.restore(scan, 1).coarse, scan.spet, scan.mask)
+
+
+def adapted(parent: MFdiff, scans: Scan | list[Scan], objective: str, settings: Adaptation, watch: Scan | None = None):
+    """The adapted model, the last state, and the true PSNR of `watch` at each validation."""
+    truth = {0: coarse_psnr(parent, watch)} if watch is not None else {}
+    states = train_stage2(parent, scans, objective, settings=settings, device="cpu")
+    for state in tqdm(states, desc=objective, total=settings.steps, unit="step", leave=False, mininterval=5):
+        last = state
+        if watch is not None and state.held_out[-1]["step"] == state.step:
+            truth[state.step] = coarse_psnr(state.now, watch)
+    return last.model, last, truth
+
+
+def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomies: tuple[str, ...]) -> dict:
+    """One shift: every objective on the target, in distribution, and what the stop rule missed."""
+    scan = target(shift, 910_000, slices, anatomies)
+    known = target(None, 920_000, slices, anatomies)
+    others = [target(shift, 930_000 + i, slices, anatomies) for i in range(3)]
+    split, state, truth = adapted(parent, scan, "split", settings, watch=scan)
+    models = {"stage 1": parent, "split": split}
+    models["sure"] = adapted(parent, scan, "sure", settings)[0]
+    models["oracle"] = adapted(parent, others, "paired", settings)[0]
+    rows = {name: judged(model, scan) for name, model in models.items()}
+    rows["LPET"] = score(scan.lpet, scan.spet, scan.mask, scan)
+    return {
+        "target": rows,
+        "in distribution": {name: judged(model, known) for name, model in models.items() if name != "oracle"},
+        "stop_rule_loss": max(truth.values()) - truth[state.best],
+        "true_psnr": truth,
+        "held_out": state.held_out,
+        "steps": state.step,
+        "seconds_per_step": state.seconds / state.step,
+    }
+
+
+def from_scratch(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomies: tuple[str, ...]) -> dict:
+    """'split' on the target alone from random weights, all of them trained, without rehearsal."""
+    scan = target(shift, 910_000, slices, anatomies)
+    blank = MFdiff.from_profile(load_profile("cpu", context=parent.fusion.context))
+    alone = dataclasses.replace(settings, trained="all", rehearsal=0.0)
+    model, state, _ = adapted(blank, scan, "split", alone)
+    return judged(model, scan) | {"steps": state.step}
+
+
+def gained(shifts: dict[str, dict], name: str, over: str = "stage 1", where: str = "target") -> np.ndarray:
+    return np.array([one[where][name]["psnr"] - one[where][over]["psnr"] for one in shifts.values()])
+
+
+def report(found: dict, targets: Targets) -> None:
+    """The rows of results/targets.json, over all shifts measured so far."""
+    shifts = found["shifts"]
+    gap = gained(shifts, "oracle")
+    targets.add("oracle_gap", *metrics.mean_ci(gap))
+    for objective, goal in (("split", "gap_closed"), ("sure", "gap_closed_sure")):
+        targets.add(goal, 100 * gained(shifts, objective).sum() / gap.sum())
+    targets.add("worst_shift", gained(shifts, "split").min())
+    targets.add("id_loss", *metrics.mean_ci(-gained(shifts, "split", where="in distribution")))
+    shift = found["from_scratch"]["shift"]
+    targets.add("from_scratch", shifts[shift]["target"]["split"]["psnr"] - found["from_scratch"]["psnr"])
+    targets.add("stop_rule", *metrics.mean_ci([one["stop_rule_loss"] for one in shifts.values()]))
+    targets.add("minutes", found["minutes_64_slices"])
+
+
+def picture(shifts: dict[str, dict]) -> None:
+    """PSNR over stage 1 by shift, on the target and in distribution."""
+    figure, axes = plt.subplots(figsize=(9, 4.2), facecolor="white", layout="constrained")
+    bars = {
+        "split (no SPET)": (gained(shifts, "split"), "tab:blue"),
+        "sure (no SPET)": (gained(shifts, "sure"), "tab:cyan"),
+        "oracle (SPETs of others)": (gained(shifts, "oracle"), "0.55"),
+        "split, in distribution": (gained(shifts, "split", where="in distribution"), "tab:orange"),
+    }
+    place = np.arange(len(shifts))
+    for index, (name, (values, colour)) in enumerate(bars.items()):
+        axes.bar(place + 0.2 * index - 0.3, values, 0.2, label=name, color=colour)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xticks(place, [name.replace("+", " +\n") for name in shifts], rotation=20, ha="right")
+    axes.set(ylabel="PSNR over stage 1 [dB]", title=f"Stage 2 on OOD emulations, one scan each, DRF {DOSE}")
+    axes.legend(fontsize=8)
+    figure.savefig(RESULTS / "adaptation.png", dpi=100)
+
+
+def main(
+    shifts: Annotated[list[str] | None, typer.Argument(help="names, '+' joins two; default: all")] = None,
+    slices: Annotated[int, typer.Option(help="axial slices of each target")] = 20,
+    steps: Annotated[int, typer.Option(help="at most")] = Adaptation.steps,
+    validation: Annotated[bool, typer.Option("--validation", help="on the validation anatomy, write nothing")] = False,
+    learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
+) -> None:
+    """Adapt to each shift and compare with stage 1 and the oracle."""
+    anatomies = VALIDATION_ANATOMIES if validation else TEST_ANATOMIES
+    parent, settings = load_pretrained("cpu"), Adaptation(steps=steps, learning_rate=learning_rate)
+    path, chosen = RESULTS / "adaptation.json", shifts or [*SHIFTS, *PAIRS]
+    found = json.loads(path.read_text()) if path.exists() and not validation else {"shifts": {}}
+    if found.get("parent", parent.fingerprint) != parent.fingerprint:
+        found = {"shifts": {}}  # measured with other weights
+    found |= {"parent": parent.fingerprint, "setting": {"dose_reduction": DOSE, "slices": slices, "samples": K}}
+    for shift in tqdm(chosen, desc="shifts", unit="shift"):
+        one = found["shifts"][shift] = measure(parent, shift, settings, slices, anatomies)
+        line = {name: round(row["psnr"], 2) for name, row in one["target"].items()}
+        known = {name: round(row["psnr"], 2) for name, row in one["in distribution"].items()}
+        tqdm.write(f"{shift}: target {line}, in distribution {known}, best step {one['steps']}")
+        if not validation:
+            write_json("adaptation.json", found)
+    if validation:
+        return
+    if "from_scratch" not in found:
+        found["from_scratch"] = {"shift": chosen[0], **from_scratch(parent, chosen[0], settings, slices, anatomies)}
+        whole = target(chosen[0], 940_000, 64, anatomies)
+        _, state, _ = adapted(parent, whole, "split", settings)
+        found["minutes_64_slices"] = state.seconds / 60
+        write_json("adaptation.json", found)
+    targets = Targets("adapt", GOALS, "make adaptation")
+    report(found, targets)
+    targets.show()
+    targets.write()
+    picture(found["shifts"])
+
+
+if __name__ == "__main__":
+    typer.run(main)
