@@ -41,6 +41,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
         try:
             function(*args, **kwargs)
+        except typer.Exit:
+            raise
         except (ValueError, OSError) as error:
             _stop(f"{error}", 2)
         except KeyboardInterrupt:
@@ -375,7 +377,6 @@ def adapt(
     scan = load_scan(lpet, mr, spet, dose_reduction, half_paths=halves)
     parent = load_pretrained(device) if weights is None else load_model(weights, device)
     run = out.with_suffix(".run")
-    print(f"parent: {_weights_line(parent, weights)}", file=sys.stderr)
     bar = None
     try:
         for state in train_stage2(parent, scan, objective, settings=chosen, out=run, resume=resume, device=device):
@@ -397,6 +398,7 @@ def adapt(
         print(f"the noise was estimated from the LPET alone; assumed: {assumed}")
     if state.best == 0:
         print("the held-out loss did not fall: these are the parent's weights, nothing on this target to gain")
+    print(f"adapted from {_weights_line(parent, weights)}")
     print(f"wrote {out} (step {state.best} of {state.step}) and its card; use it with: restore --weights {out}")
 
 

@@ -268,7 +268,7 @@ class _Case:
         pictures = [(list(row), _side_by_side(row, lines)) for row in _in_rows(shown)]
         full = pictures[0][1].shape[1]
         rows = [_Row.of(names, picture, marks, full) for names, picture in pictures]
-        bars = "".join(dict.fromkeys(_bar(pane) for pane in shown.values()))
+        bars = f'<div style="line-height:1.4">{"".join(dict.fromkeys(_bar(pane) for pane in shown.values()))}</div>'
         most = 1200 if len(rows) == 1 else 225 * len(pictures[0][0])  # two rows should fit on a laptop
         return rows, bars, f"{min(most, 4 * full)}px"
 
@@ -283,7 +283,7 @@ class _Case:
             checked = " checked" * (shown.index == state.index)
             label = html.escape(self.sentence(shown))
             items.append(f'<input type="radio" name="{group}" aria-label="{label}"{checked}>')
-            items.append(f"<div>{panels}{bars}<br>{self.caption(shown)}</div>")
+            items.append(f"<div>{panels}{bars}{self.caption(shown)}</div>")
         style = f"grid-template-columns:repeat({len(states)},1fr);max-width:{width}"
         return f'{_SCROLL}<div class="mfdiff-scroll" style="{style}">{"".join(items)}</div>'
 
@@ -418,8 +418,15 @@ class SliceExplorer(widgets.VBox):
         extremes = [f(v) for n, v in case.volumes.items() if not _own(n) for f in (np.min, np.max)] or [0.0]
         bottom, top = min(0.0, *extremes), max(2 * high, *extremes)
         digits = f".{max(0, 2 - math.floor(math.log10(high)))}f"
-        wide = {"style": {"description_width": "initial"}, "layout": {"width": "26em"}}
-        self.plane = widgets.ToggleButtons(options=list(PLANES), value=start.plane, description="Plane", disabled=flat)
+        short = {"description_width": "initial"}
+        wide, free = {"style": short, "layout": {"width": "28em"}}, {"indent": False, "layout": {"width": "auto"}}
+        self.plane = widgets.ToggleButtons(
+            options=list(PLANES),
+            value=start.plane,
+            description="Plane",
+            disabled=flat,
+            style=short | {"button_width": "6em"},
+        )
         self._positions, self._position_rows = {}, {}
         for plane, axis in PLANES.items():
             span = {"value": case.shape[axis] // 2 + 1, "min": 1, "max": case.shape[axis], "disabled": flat}
@@ -431,9 +438,9 @@ class SliceExplorer(widgets.VBox):
             description=f"Window [{start.unit}]", **wide,
         )  # fmt: skip
         self.blend = widgets.FloatSlider(0, min=0, max=2, step=0.1, description="MR under PET", **wide)
-        self.pet_map = widgets.Dropdown(options=PET_MAPS, value=start.pet_map, description="PET colours")
-        self.radiological = widgets.Checkbox(start.radiological, description="radiological", indent=False)
-        self.crosshair = widgets.Checkbox(False, description="crosshair and values", indent=False)
+        self.pet_map = widgets.Dropdown(options=PET_MAPS, value=start.pet_map, description="PET colours", style=short)
+        self.radiological = widgets.Checkbox(start.radiological, description="radiological", **free)
+        self.crosshair = widgets.Checkbox(False, description="crosshair and values", **free)
         self._rows = [_row_of_widgets() for _ in case.screen(start)[0]]
         self.titles, self.image, _ = self._rows[0].children
         self.bars, self.caption, self.error = (widgets.HTML(layout=NO_MARGIN) for _ in range(3))
@@ -443,7 +450,7 @@ class SliceExplorer(widgets.VBox):
             list(self._position_rows.values()),
             [self.window, self.pet_map, *([self.blend] if "MR" in case.volumes and len(case.volumes) > 1 else [])],
         )
-        controls = [widgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+        controls = [widgets.HBox(row, layout={"flex_flow": "row wrap", "grid_gap": "0 1em"}) for row in rows]
         super().__init__([*controls, self._view, self.error])
         self._update()
         looks = (self.plane, self.window, self.blend, self.pet_map, self.radiological, self.crosshair)
@@ -510,7 +517,8 @@ class SliceExplorer(widgets.VBox):
             box.layout.width = row.width
         for plane, box in self._position_rows.items():
             box.layout.display = None if plane == state.plane or state.cross else "none"
-        self.caption.value = f'<span role="status" aria-live="polite">{self._case.caption(state)}</span>'
+        words = self._case.caption(state)
+        self.caption.value = f'<div role="status" aria-live="polite" style="line-height:1.4">{words}</div>'
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         still = {
@@ -577,7 +585,7 @@ def explore(
         given = {**scan, **({} if restored is None else {"restored": restored}), **arrays}
         return SliceExplorer(_Case.of_volumes(given, "volumes", unit, affine))
     gate = getattr(restored, "gate", None) if scan.mr is not None else None
-    return SliceExplorer(_Case.of(scan, restored, {"gate": gate} | arrays))
+    return SliceExplorer(_Case.of(scan, restored, {**arrays, "gate": arrays.get("gate", gate)}))
 
 
 def figure(scan: Scan, restored: Any = None, n_slices: int = 3) -> Figure:
