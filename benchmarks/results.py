@@ -220,7 +220,7 @@ def ddim_parity() -> float:
 
 
 class Targets:
-    """Rows of results/targets.json for one group; those of other groups stay as they are.
+    """Rows of results/targets.json for one group; all others stay as they are.
 
     goals: id -> (relation, unit, sense, must, aim or None).
     """
@@ -258,7 +258,8 @@ class Targets:
             raise RuntimeError(f"targets of group {self.group} that were never measured: {', '.join(missing)}")
         path = RESULTS / "targets.json"
         held = json.loads(path.read_text()) if path.exists() else []
-        write_json("targets.json", [row for row in held if not row["id"].startswith(f"{self.group}.")] + self.rows)
+        mine = {row["id"] for row in self.rows}
+        write_json("targets.json", [row for row in held if row["id"] not in mine] + self.rows)
 
 
 def write_json(name: str, content: object) -> None:

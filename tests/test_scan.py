@@ -651,3 +651,26 @@ def test_no_warning_on_good_files(files):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         WorkingGrid(load_scan(*files))
+
+
+# ---- count halves --------------------------------------------------------------------------------------------------
+
+
+def test_halves_are_checked_like_the_lpet(tmp_path):
+    lpet = head()
+    scan = Scan(lpet, halves=[lpet * 0.9, lpet * 1.1])
+    assert [h.dtype for h in scan.halves] == [np.float32] * 2
+    with pytest.raises(ValueError, match="expected two images"):
+        Scan(lpet, halves=[lpet])
+    with pytest.raises(ValueError, match="halves: expected the LPET's grid"):
+        Scan(lpet, halves=[lpet, lpet[:-1]])
+    with pytest.raises(ValueError, match="halves: expected finite"):
+        Scan(lpet, halves=[lpet, np.where(lpet > 0, np.nan, 0)])
+
+
+def test_halves_are_read_from_files_on_the_lpets_grid(files, tmp_path):
+    scan = load_scan(*files, half_paths=(files[0], files[0]))
+    np.testing.assert_array_equal(scan.halves[1], scan.lpet)
+    other = write(tmp_path / "other.nii.gz", head()[:-1], affine_of("RAS", 2.0, head()[:-1].shape))
+    with pytest.raises(ValueError, match="other.nii.gz: expected the grid of"):
+        load_scan(*files, half_paths=(files[0], other))
