@@ -47,8 +47,8 @@ GOALS = {
     "no_mr_pet_only": (f"PSNR without MR below the PET-only model; {BUDGET}", "dB", "<=", 0.3, 0.1),
 }
 RUNS = Path(__file__).parents[1] / "runs" / "ablations"
-PLAIN = {"fusion_widths": (56, 104, 200)}  # one encoder instead of two: wider, so that the parameters stay the same
-UNET = {"fusion_widths": (56, 120, 224), "denoiser_widths": ()}
+PLAIN = {"fusion_widths": (40, 88, 160)}  # one encoder instead of two: wider, so that the parameters stay the same
+UNET = {"fusion_widths": (48, 104, 216), "denoiser_widths": ()}
 VARIANTS: dict[str, dict] = {
     "gated fusion": {},
     "MR concatenated": {"fusion": "concat", **PLAIN},

@@ -296,19 +296,24 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the checkpoint in --out, to the same weights as an uncut run")
     ] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="start from these weights, of the same shape, instead of random ones")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train stage 1 on the simulated cohort (made first, and cached)."""
     from tqdm import tqdm
 
     from .config import load_profile
+    from .model import load_model
     from .training import WEIGHTS, train_stage1
 
     chosen = load_profile(profile, **_pairs(settings, "train"))
+    start = None if weights is None else load_model(weights, "cpu")
     _ready_for_folder(out)
     bar = None
     try:
-        for state in train_stage1(chosen, out, resume, device):
+        for state in train_stage1(chosen, out, resume, device, start=start):
             bar = bar or tqdm(total=state.steps, initial=state.step - 1, desc="stage 1", unit="step", mininterval=1)
             bar.update()
             loss = " ".join(f"{key} {value:.3f}" for key, value in state.loss.items())
@@ -323,6 +328,7 @@ def train(
     except KeyboardInterrupt:
         again = " ".join(
             ["python -m mfdiff_lite train", *(settings or []), f"--profile {profile} --out {out} --resume"]
+            + ([] if weights is None else [f"--weights {weights}"])
         )
         _stop(f"stopped by Ctrl-C after the step; go on with: {again}", 130)
     finally:

@@ -29,11 +29,11 @@ class Profile:
     dose_range: tuple[float, float] = (4.0, 100.0)
     # model
     fusion: str = "gated"  # or a baseline in its place: "concat" (PET and MR in one encoder), "pet" (no MR)
-    fusion_widths: tuple[int, ...] = (40, 80, 160)
-    denoiser_widths: tuple[int, ...] = (24, 48, 96)  # empty: no diffusion, a regression U-Net
+    fusion_widths: tuple[int, ...] = (32, 64, 128)
+    denoiser_widths: tuple[int, ...] = (32, 64, 128)  # empty: no diffusion, a regression U-Net
     context: int = 5  # neighbouring slices of each modality that the fusion module sees
     # stage 1
-    steps: int = 4500
+    steps: int = 6500
     batch: int = 8
     crop: int = 96  # pixels
     learning_rate: float = 8e-4

@@ -57,14 +57,15 @@ def train_stage1(
     resume: bool = False,
     device: str = "auto",
     workers: int | None = None,
+    start: MFdiff | None = None,
 ) -> Iterator[TrainingState]:
     """Train MFdiff on the profile's cohort, yielding a `TrainingState` after each step.
 
     out: folder for checkpoints (every `checkpoint_every` steps, on Ctrl-C and at the end) and for the final weights;
     None keeps nothing. resume: go on from the checkpoint in `out` if there is one; the result equals that of an uncut
-    run. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. Raises ValueError if the checkpoint belongs to
-    another profile, FileExistsError if `out` holds a run and `resume` is off, FloatingPointError if the loss is no
-    longer finite.
+    run. start: a model of the same shape to start from instead of random weights. Ctrl-C finishes the step, saves, and
+    raises KeyboardInterrupt. Raises ValueError if the checkpoint belongs to another profile or `start` to another shape,
+    FileExistsError if `out` holds a run and `resume` is off, FloatingPointError if the loss is no longer finite.
     """
     out = None if out is None else Path(out)
     held = refuse_or_resume(out, resume)
@@ -75,7 +76,12 @@ def train_stage1(
         raise ValueError(f"batch: expected a multiple of the number of processes, found {found}; choose another batch")
     data = SliceDataset(make_cohort(profile, "train", workers), profile)
     validation = ValidationSet(profile, workers)
-    model = MFdiff.from_profile(profile).to(accelerator.device, memory_format=torch.channels_last)
+    fresh = MFdiff.from_profile(profile)
+    if start is not None:
+        if start.settings != fresh.settings:
+            raise ValueError(f"weights to start from: expected {fresh.settings}, found {start.settings}")
+        fresh.load_state_dict(start.state_dict())
+    model = fresh.to(accelerator.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=profile.learning_rate, weight_decay=1e-4)
     step, seconds, curve, revision = 0, 0.0, [], code_revision()
@@ -130,7 +136,7 @@ def train_stage1(
                 raise KeyboardInterrupt
             yield TrainingState(step, profile.steps, dict(running), checked, list(curve), seconds, average)
     if out is not None and accelerator.is_main_process:
-        save_model(average, out / WEIGHTS, _card(profile, step, seconds, curve, revision))
+        save_model(average, out / WEIGHTS, _card(profile, step, seconds, curve, revision, start))
 
 
 def learning_rate(profile: Profile, step: int) -> float:
@@ -274,8 +280,11 @@ def load_checkpoint(
     return note["step"], note["seconds"], note["curve"]
 
 
-def _card(profile: Profile, step: int, seconds: float, curve: list, revision: str) -> dict[str, Any]:
-    return {
+def _card(
+    profile: Profile, step: int, seconds: float, curve: list, revision: str, start: MFdiff | None
+) -> dict[str, Any]:
+    started = {} if start is None else {"started_from": {"fingerprint": start.fingerprint, "card": start.card}}
+    return started | {
         "what": "MFdiff stage 1, exponential moving average of the weights",
         "profile": dataclasses.asdict(profile),
         "seed": profile.seed,
