@@ -32,7 +32,7 @@ from mfdiff_lite.model import FIDELITY_SD, MFdiff, load_model
 from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.training import WEIGHTS, train_stage1
-from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json
+from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json, write_readme
 
 K = 4  # samples of a restoration
 HEADLINE = ("gated fusion", "MR concatenated", "PET only", "regression U-Net, PET + MR")
@@ -153,6 +153,18 @@ def picture(found: dict) -> None:
     figure.savefig(RESULTS / "tradeoff.png", dpi=100)
 
 
+def readme_block(found: dict) -> str:
+    """PSNR, contrast kept and leak of every variant, with the right, another patient's and no MR."""
+    lines = ["| | PSNR [dB] | another patient's MR | no MR | PET-only contrast kept | MR leak |", "|---" * 6 + "|"]
+    for name, one in found["variants"].items():
+        against = {key: one["summary"][key] for key in ("spet", "truth")}
+        cells = [f"{against['spet'][mr]['psnr']['mean']:.2f}" for mr in ("right MR", "another patient's MR", "no MR")]
+        cells += [f"{against['spet']['right MR']['contrast_kept']['mean']:.3f}"]
+        cells += [f"{against['truth']['right MR']['mr_leak']['mean']:.3f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
     variants: Annotated[list[str] | None, typer.Argument(help="names; default: all of them")] = None,
     steps: Annotated[int, typer.Option(help="the common budget")] = 1000,
@@ -188,6 +200,7 @@ def main(
         targets.show()
         targets.write()
         picture(found)
+        write_readme(readme_block(found), "ablations")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from mfdiff_lite.model import MFdiff, load_pretrained
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
-from results import DOSE, LESIONS, RESULTS, Targets, write_json
+from results import DOSE, LESIONS, RESULTS, Targets, write_json, write_readme
 
 PAIRS = ("wide-psf+few-counts", "amyloid+t2-mr")
 K = 4  # samples of a restoration
@@ -143,6 +143,17 @@ def picture(shifts: dict[str, dict]) -> None:
     figure.savefig(RESULTS / "adaptation.png", dpi=100)
 
 
+def readme_block(shifts: dict[str, dict]) -> str:
+    """PSNR [dB] against SPET, one target scan a shift."""
+    names = ("LPET", "stage 1", "split", "sure", "oracle")
+    lines = ["| OOD emulation | " + " | ".join(names) + " | in distribution: stage 1 | after split |", "|---" * 8 + "|"]
+    for shift, one in shifts.items():
+        cells = [f"{one['target'][name]['psnr']:.2f}" for name in names]
+        cells += [f"{one['in distribution'][name]['psnr']:.2f}" for name in ("stage 1", "split")]
+        lines.append(f"| {shift} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
     shifts: Annotated[list[str] | None, typer.Argument(help="names, '+' joins two; default: all")] = None,
     slices: Annotated[int, typer.Option(help="axial slices of each target")] = 20,
@@ -178,6 +189,7 @@ def main(
     targets.show()
     targets.write()
     picture(found["shifts"])
+    write_readme(readme_block(found["shifts"]), "adaptation")
 
 
 if __name__ == "__main__":

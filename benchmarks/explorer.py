@@ -6,6 +6,7 @@ Four volumes of 128^3 with noise in them (the hardest to compress), no front end
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated
@@ -28,15 +29,14 @@ def volumes(size: int) -> dict[str, np.ndarray]:
 
 def ticks(view: SliceExplorer, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Milliseconds of CPU and of wall time of each of `count` steps of the slider, up and down its range."""
-    slider, spent = view.slice, np.zeros((count, 2))
-    for n in range(count):
-        span = slider.max - slider.min
-        target = slider.min + abs((slider.value - slider.min + 1 + n) % (2 * span) - span)
-        target = target if target != slider.value else slider.min + (target - slider.min + 1) % (span + 1)
+    slider, spent = view.slice, []
+    there = range(slider.min, slider.max + 1)
+    slider.value = slider.max
+    for target in itertools.islice(itertools.cycle([*there[-2::-1], *there[1:]]), count):
         began = time.process_time(), time.perf_counter()
         slider.value = target
-        spent[n] = time.process_time() - began[0], time.perf_counter() - began[1]
-    return 1000 * spent.T
+        spent.append((time.process_time() - began[0], time.perf_counter() - began[1]))
+    return 1000 * np.transpose(spent)
 
 
 def resident() -> float:

@@ -316,11 +316,11 @@ def readme_block(tables: dict, setting: dict) -> str:
     return "\n".join(lines)
 
 
-def write_readme(block: str) -> None:
-    path = RESULTS.parent / "README.md"
-    before, rest = path.read_text().split("<!-- results:start -->")
-    after = rest.split("<!-- results:end -->")[1]
-    path.write_text(f"{before}<!-- results:start -->\n{block}<!-- results:end -->{after}")
+def write_readme(block: str, name: str = "results") -> None:
+    """Replace what stands between the README's marks of this name."""
+    path, start, end = RESULTS.parent / "README.md", f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    before, rest = path.read_text().split(start)
+    path.write_text(f"{before}{start}\n{block}{end}{rest.split(end)[1]}")
 
 
 def as_table(title: str, summary: dict) -> Table:

@@ -64,7 +64,7 @@ def train_stage1(
     out: folder for checkpoints (every `checkpoint_every` steps, on Ctrl-C and at the end) and for the final weights;
     None keeps nothing. resume: go on from the checkpoint in `out` if there is one; the result equals that of an uncut
     run. start: a model of the same shape to start from instead of random weights. Ctrl-C finishes the step, saves, and
-    raises KeyboardInterrupt. Raises ValueError if the checkpoint belongs to another profile or `start` to another shape,
+    raises KeyboardInterrupt. Raises ValueError if the checkpoint belongs to another profile or `start` another shape,
     FileExistsError if `out` holds a run and `resume` is off, FloatingPointError if the loss is no longer finite.
     """
     out = None if out is None else Path(out)

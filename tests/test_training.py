@@ -128,3 +128,21 @@ def test_it_learns():
     with torch.no_grad():
         before, after = (m(batch, t, noise) for m in (MFdiff.from_profile(profile), trained))
     assert after["coarse"] < 0.9 * before["coarse"] and after["diffusion"] < 0.92 * before["diffusion"]
+
+
+def test_training_starts_from_given_weights_and_says_so(uncut):
+    parent = load_model(uncut[0] / WEIGHTS, "cpu")
+    still = dataclasses.replace(TINY, learning_rate=1e-12, steps=1, ema=0.0)
+    state = run(None, still, start=parent)[-1]
+    for key, value in state.model.state_dict().items():
+        assert torch.allclose(value, parent.state_dict()[key], atol=1e-6), key
+    wider = dataclasses.replace(TINY, fusion_widths=(16, 8, 8))
+    with pytest.raises(ValueError, match="weights to start from: expected .*16.*found"):
+        run(None, wider, start=parent)
+
+
+def test_the_card_names_the_weights_it_started_from(uncut, tmp_path):
+    parent = load_model(uncut[0] / WEIGHTS, "cpu")
+    run(tmp_path, dataclasses.replace(TINY, steps=1), start=parent)
+    started = load_model(tmp_path / WEIGHTS, "cpu").card["started_from"]
+    assert started["fingerprint"] == parent.fingerprint and started["card"]["steps"] == TINY.steps
