@@ -56,7 +56,7 @@ class AdaptationState:
 
     step: int
     steps: int
-    loss: float
+    loss: float | None
     held_out: list[dict[str, float]]
     best: int
     seconds: float
@@ -92,14 +92,24 @@ def train_stage2(
     average, best = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
     trained = specific_parameters(student) if settings.trained == "specific" else list(student.parameters())
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0)
-    step, seconds, running, curve = 0, 0.0, 0.0, [{"step": 0, "loss": data.held_out_loss(student)}]
+    step, seconds, running, curve = 0, 0.0, None, [{"step": 0, "loss": data.held_out_loss(student)}]
     models = {"model": student, "average": average, "best": best}
     if held:
         step, seconds, curve = load_checkpoint(out, settings, models, optimizer)
     card = _card(model, settings, scans, data.assumed)
 
+    def ended() -> bool:
+        return step >= settings.steps or curve[-1]["step"] - _best(curve) >= settings.patience * settings.validate_every
+
+    def state() -> AdaptationState:
+        so_far = {"steps": _best(curve), "training_minutes": round(seconds / 60, 1), "held_out_loss": list(curve)}
+        best.card = card | so_far
+        return AdaptationState(step, settings.steps, running, list(curve), _best(curve), seconds, best, average)
+
+    if ended():  # a run that had only its last file left to write
+        yield state()
     with interrupt_after_step() as interrupted:
-        while step < settings.steps and not _settled(curve, settings):
+        while not ended():
             began = time.monotonic()
             loss = data.loss(student, data.batch(step), [step, 0])
             optimizer.zero_grad(set_to_none=True)
@@ -111,24 +121,18 @@ def train_stage2(
             optimizer.step()
             step += 1
             update_average(average, student, min(settings.ema, step / (step + 10)))
-            running = loss.item() if step == 1 else 0.95 * running + 0.05 * loss.item()
+            running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
             if step % settings.validate_every == 0 or step == settings.steps:
                 curve.append({"step": step, "loss": data.held_out_loss(average)})
                 if _best(curve) == step:
                     best.load_state_dict(average.state_dict())
             seconds += time.monotonic() - began
-            ends = step == settings.steps or _settled(curve, settings)
-            if out is not None and (step % settings.validate_every == 0 or ends or interrupted.is_set()):
+            if out is not None and (step % settings.validate_every == 0 or ended() or interrupted.is_set()):
                 out.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(out, settings, models, optimizer, step, seconds, curve)
             if interrupted.is_set():
                 raise KeyboardInterrupt
-            best.card = card | {
-                "steps": _best(curve),
-                "training_minutes": round(seconds / 60, 1),
-                "held_out_loss": curve,
-            }
-            yield AdaptationState(step, settings.steps, running, list(curve), _best(curve), seconds, best, average)
+            yield state()
     if out is not None:
         save_model(best, out / WEIGHTS, best.card)
 
@@ -192,10 +196,13 @@ class TargetSlices:
         return tensors | {"dose": scan.dose_reduction, "held": np.flatnonzero(held), "learned": np.flatnonzero(~held)}
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Batch number `step`, always the same: random learned slices of one scan, half of the batches mirrored."""
+        """Batch number `step`, always the same: random learned slices of one scan, half of the batches mirrored. The
+        noise of "sure" is moved a little each time: one and the same probe could be fitted."""
         rng = np.random.default_rng([self.settings.seed, step, 41])
         scan = self.scans[rng.integers(len(self.scans))]
         batch = self._slices(scan, rng.choice(scan["learned"], self.settings.batch))
+        if "noise" in batch:
+            batch["noise"] = batch["noise"].roll(rng.integers(-3, 4, 2).tolist(), (-2, -1))
         if rng.random() < 0.5:
             batch = {key: value.flip(-2) if value.ndim == 4 else value for key, value in batch.items()}
         return batch
@@ -289,11 +296,6 @@ def _supervised(model: MFdiff, batch: dict[str, Tensor], seed: list[int]) -> Ten
 def _best(curve: list[dict[str, float]]) -> int:
     """The step with the lowest held-out loss; 0 is the parent."""
     return int(min(curve, key=lambda one: one["loss"])["step"])
-
-
-def _settled(curve: list[dict[str, float]], settings: Adaptation) -> bool:
-    """Whether the last `patience` validations brought nothing new."""
-    return curve[-1]["step"] - _best(curve) >= settings.patience * settings.validate_every
 
 
 def _card(parent: MFdiff, settings: Adaptation, scans: list[Scan], assumed: str | None) -> dict[str, Any]:
