@@ -1,14 +1,16 @@
 """Stage 2, self-supervised learning of specific priors on a target that has no standard-dose image.
 
     objective  needs            loss of f, the coarse estimate (LPET, MR) -> PET
-    "split"    count halves     |f(a) - b|^2 + |f(b) - a|^2                        Noise2Noise, Lehtinen et al. 2018
+    "split"    count halves     |f(y + m n) - (y - n / m)|^2, n and -n             Pang et al. 2021
     "sure"     the LPET         |f(y) - y|^2 + 2 n' (f(y + e n) - f(y)) / e        SURE, Ramani et al. 2008
     "paired"   the SPET         the loss of stage 1                                the oracle, for comparison
 
-a and b are images of two halves of the counts: their noise is independent, so b is as good a target for f(a) as the
-SPET would be, and f is told the halves' own dose. y is the LPET; n is noise with the covariance of the LPET's, from
-(a - b) / 2, or without halves borrowed from the differences between slices (`noise_like`). That stage 2 is
-self-supervised on the target's own LPET and MR is our interpretation of the paper.
+y is the LPET, the mean of a and b, images of two halves of its counts; n = (a - b) / 2 is noise like the LPET's own.
+With m = 1 "split" is Noise2Noise (Lehtinen et al. 2018): f(a) against b, whose noise is independent, so that b teaches
+what the SPET would. But f(a) is a restoration of half the dose. A smaller m mixes the halves: the input comes near the
+LPET (f is told its dose), the target gets noisier, and the two stay uncorrelated. Without halves "sure" borrows n from
+the differences between slices (`noise_like`). That stage 2 is self-supervised on the target's own LPET and MR is our
+interpretation of the paper.
 
 Trained are `specific_parameters` alone, on batches of which a share is stage 1's simulated data, against forgetting.
 Every fifth slice of the target is held out; the weights with the lowest loss *there* are kept, the parent's included,
@@ -43,6 +45,7 @@ from .training import (
 )
 
 WEIGHTS = "stage2.safetensors"
+MIX = 0.5  # share of the halves' difference in the input of "split": 1 takes the halves themselves
 PROBE = 0.05  # step e of the divergence, in SDs of the noise
 BORROWED = 4  # slices between a slice and the one whose noise `noise_like` lends it
 FROM_SLICES = "noise independent from slice to slice, anatomy alike in neighbouring slices"
@@ -158,7 +161,7 @@ def specific_parameters(model: MFdiff) -> list[nn.Parameter]:
 class TargetSlices:
     """The target's slices as the model sees them (`WorkingGrid`, `ActivityScale`), and the loss on them.
 
-    Each scan becomes tensors (Z, X, Y): "lpet", "mr", "weight", and by objective "a" and "b", "noise", or "spet".
+    Each scan becomes tensors (Z, X, Y): "lpet", "mr", "weight", and by objective "noise" or "spet".
     assumed: what was assumed about the noise, None if it was measured.
     """
 
@@ -177,9 +180,7 @@ class TargetSlices:
         images = {"lpet": scale.apply(raw), "weight": np.where(scale.mask, 1.0, 0.2)}
         images["mr"] = np.zeros_like(raw) if scan.mr is None else scale_mr(grid.to(scan.mr), scale.mask)
         halves = None if scan.halves is None else [scale.apply(grid.to(half)) for half in scan.halves]
-        if objective == "split":
-            images |= {"a": halves[0], "b": halves[1]}
-        elif objective == "sure":
+        if objective in ("split", "sure"):
             images["noise"] = (halves[0] - halves[1]) / 2 if halves else noise_like(images["lpet"])
             self.assumed = None if halves else FROM_SLICES
         else:
@@ -201,7 +202,7 @@ class TargetSlices:
         rng = np.random.default_rng([self.settings.seed, step, 41])
         scan = self.scans[rng.integers(len(self.scans))]
         batch = self._slices(scan, rng.choice(scan["learned"], self.settings.batch))
-        if "noise" in batch:
+        if self.settings.objective == "sure":
             batch["noise"] = batch["noise"].roll(rng.integers(-3, 4, 2).tolist(), (-2, -1))
         if rng.random() < 0.5:
             batch = {key: value.flip(-2) if value.ndim == 4 else value for key, value in batch.items()}
@@ -225,9 +226,13 @@ class TargetSlices:
         def f(pet: Tensor, dose: Tensor) -> Tensor:
             return model.fusion(pet, mr, dose).coarse
 
-        if self.settings.objective == "split":  # each half was measured at twice the dose reduction
-            a, b = f(batch["a"], 2 * dose), f(batch["b"], 2 * dose)
-            return (weight * ((a - middle["b"]) ** 2 + (b - middle["a"]) ** 2)).mean() / 2
+        if self.settings.objective == "split":
+            losses = []
+            for noise in (batch["noise"], -batch["noise"]):  # y + MIX n has the variance of y times 1 + MIX^2
+                restored = f(batch["lpet"] + MIX * noise, (1 + MIX**2) * dose)
+                partner = middle["lpet"] - noise[:, self.context // 2, None] / MIX
+                losses.append((weight * (restored - partner) ** 2).mean())
+            return sum(losses) / 2
         if self.settings.objective == "sure":
             plain, probed = f(batch["lpet"], dose), f(batch["lpet"] + PROBE * batch["noise"], dose)
             divergence = middle["noise"] * (probed - plain) / PROBE

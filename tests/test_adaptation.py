@@ -9,7 +9,16 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from mfdiff_lite.adaptation import BORROWED, WEIGHTS, TargetSlices, adapt, noise_like, specific_parameters, train_stage2
+from mfdiff_lite.adaptation import (
+    BORROWED,
+    MIX,
+    WEIGHTS,
+    TargetSlices,
+    adapt,
+    noise_like,
+    specific_parameters,
+    train_stage2,
+)
 from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.config import Adaptation, load_profile
 from mfdiff_lite.metrics import psnr
@@ -93,21 +102,31 @@ def test_sure_is_the_true_error_plus_a_known_constant():
 @pytest.mark.parametrize("objective", ["split", "sure"])
 def test_the_objectives_choose_the_filter_that_the_truth_would_choose(objective):
     scan, truth = synthetic(5)
-    images = np.moveaxis(scan.lpet if objective == "sure" else scan.halves[0], -1, 0)[:, None]
+    mix = MIX if objective == "split" else 0
+    images = np.moveaxis(scan.lpet + mix * (scan.halves[0] - scan.halves[1]) / 2, -1, 0)[:, None]
     held = np.arange(truth.shape[2]) % 5 == 2
     true = [((np.moveaxis(Filter(w)(images)[:, 0], 0, -1) - truth)[..., held] ** 2).mean() for w in WIDTHS]
     assert abs(int(np.argmin(risks(scan, objective))) - int(np.argmin(true))) <= 1
     assert 0 < np.argmin(true) < len(WIDTHS) - 1, "the best width must not be an end of the grid"
 
 
+def test_input_and_target_of_split_are_uncorrelated_whatever_the_mix():
+    scan, truth = synthetic(7)
+    y, n = scan.lpet - truth, (scan.halves[0] - scan.halves[1]) / 2
+    noisy_input, target = y + MIX * n, y - n / MIX
+    power = np.sqrt((noisy_input**2).mean() * (target**2).mean())
+    assert abs((noisy_input * target).mean()) < 0.03 * power
+    assert (noisy_input**2).mean() == pytest.approx((1 + MIX**2) * (y**2).mean(), rel=0.05)
+
+
 @pytest.mark.parametrize("objective", ["split", "sure"])
 def test_on_the_scanner_too_they_choose_what_the_spet_would(measured, objective):
     """With OSEM's own noise, known from the halves only."""
-    halves, widths = [dataclasses.replace(measured, lpet=half) for half in measured.halves], np.arange(2, 10, 1.0)
-    data = {name: TargetSlices([measured], Adaptation(objective=name), 1) for name in (objective, "paired")}
-    found = widths[np.argmin([data[objective].held_out_loss(Filter(width)) for width in widths])]
-    seen = halves if objective == "split" else [measured]
-    spet = [np.mean([psnr(_filtered(s.lpet, w), measured.spet, measured.mask) for s in seen]) for w in widths]
+    widths, mix = np.arange(2, 10, 1.0), MIX if objective == "split" else 0
+    data = TargetSlices([measured], Adaptation(objective=objective), 1)
+    found = widths[np.argmin([data.held_out_loss(Filter(width)) for width in widths])]
+    seen = measured.lpet + mix * (measured.halves[0] - measured.halves[1]) / 2
+    spet = [psnr(_filtered(seen, w), measured.spet, measured.mask) for w in widths]
     assert abs(found - widths[np.argmax(spet)]) <= 1
 
 
