@@ -12,7 +12,7 @@ For teaching and research; not a medical device.
 import importlib
 
 _PUBLIC = {
-    "config": ["Profile", "load_profile"],
+    "config": ["Adaptation", "Profile", "load_profile"],
     "anatomy": ["Anatomy", "list_anatomies", "load_anatomy"],
     "scan": ["Lesion", "Scan", "load_scan", "save_volume"],
     "frames": ["short_frame_scan"],

@@ -157,8 +157,8 @@ def test_harness_names_notebook_cell_and_error_in_one_line(tmp_path):
 @pytest.mark.notebook
 def test_harness_stops_a_cell_over_the_limit(tmp_path):
     path = fabricate(tmp_path, "import time\ntime.sleep(60)", "never = 1")
-    with pytest.raises(run.NotebookError, match=r"^05_made_up.ipynb, cell 'import time': ran longer than .* 2 s$"):
-        run.run_notebook(path, tmp_path / "out", cell_seconds=2)
+    with pytest.raises(run.NotebookError, match=r"^05_made_up.ipynb, cell 'import time': ran longer than .* 12 s$"):
+        run.run_notebook(path, tmp_path / "out", cell_seconds=12)  # on a busy machine imports take seconds
 
 
 @pytest.mark.notebook
