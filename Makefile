@@ -23,7 +23,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 stale      = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks train results results-check evidence ablations adaptation anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks course train results results-check evidence ablations adaptation anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -51,6 +51,9 @@ test: $(STAMP_DEV)  ## the whole test suite, all notebooks included
 notebooks: PROFILE ?= smoke
 notebooks: $(STAMP)  ## run every notebook, write executed copies and HTML (PROFILE=smoke|cpu|gpu)
 	$(PY) notebooks/run.py --profile $(PROFILE) --out runs/notebooks $(ARGS)
+
+course: $(STAMP)  ## make the assignments' student copies, solutions and grader (runs/course)
+	$(PY) notebooks/assignments/course.py build --out runs/course $(ARGS)
 
 train: PROFILE ?= cpu
 train: $(STAMP)  ## train stage 1, or go on with it (PROFILE=cpu OUT=runs/stage1)
