@@ -348,7 +348,7 @@ def _draw(ax: Any, pane: Pane, marks: tuple[str, str, str, str], lines: np.ndarr
     if pane.under is not None:
         ax.imshow(pane.under, "gray", vmin=0, vmax=1)
     colours = matplotlib.colormaps[pane.colours]
-    drawn = ax.imshow(pane.image, colours, vmin=pane.low, vmax=pane.high, alpha=pane.opacity)
+    drawn = ax.imshow(pane.image, colours, vmin=pane.low, vmax=pane.high, alpha=pane.opacity, interpolation="nearest")
     if lines is not None:
         ax.imshow(lines[..., None] * np.append(CROSS, 255).astype(np.uint8))
     ax.set(xticks=[], yticks=[])
