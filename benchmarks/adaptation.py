@@ -171,8 +171,8 @@ def main(
     found |= {"parent": parent.fingerprint, "setting": {"dose_reduction": DOSE, "slices": slices, "samples": K}}
     for shift in tqdm(chosen, desc="shifts", unit="shift"):
         one = found["shifts"][shift] = measure(parent, shift, settings, slices, anatomies)
-        line = {name: round(row["psnr"], 2) for name, row in one["target"].items()}
-        known = {name: round(row["psnr"], 2) for name, row in one["in distribution"].items()}
+        line = {name: float(round(row["psnr"], 2)) for name, row in one["target"].items()}
+        known = {name: float(round(row["psnr"], 2)) for name, row in one["in distribution"].items()}
         tqdm.write(f"{shift}: target {line}, in distribution {known}, best step {one['steps']}")
         if not validation:
             write_json("adaptation.json", found)
@@ -180,6 +180,8 @@ def main(
         return
     if "from_scratch" not in found:
         found["from_scratch"] = {"shift": chosen[0], **from_scratch(parent, chosen[0], settings, slices, anatomies)}
+        write_json("adaptation.json", found)
+    if "minutes_64_slices" not in found:
         whole = target(chosen[0], 940_000, 64, anatomies)
         _, state, _ = adapted(parent, whole, "split", settings)
         found["minutes_64_slices"] = state.seconds / 60

@@ -16,7 +16,7 @@ import traceback
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from os import PathLike, fspath
 from typing import Any, NamedTuple
 
@@ -345,12 +345,13 @@ class _Row(NamedTuple):
 
 
 def _draw(ax: Any, pane: Pane, marks: tuple[str, str, str, str], lines: np.ndarray | None) -> Any:
+    show = partial(ax.imshow, interpolation="nearest")  # voxels as they are; and the file is half as large
     if pane.under is not None:
-        ax.imshow(pane.under, "gray", vmin=0, vmax=1)
+        show(pane.under, "gray", vmin=0, vmax=1)
     colours = matplotlib.colormaps[pane.colours]
-    drawn = ax.imshow(pane.image, colours, vmin=pane.low, vmax=pane.high, alpha=pane.opacity, interpolation="nearest")
+    drawn = show(pane.image, colours, vmin=pane.low, vmax=pane.high, alpha=pane.opacity)
     if lines is not None:
-        ax.imshow(lines[..., None] * np.append(CROSS, 255).astype(np.uint8))
+        show(lines[..., None] * np.append(CROSS, 255).astype(np.uint8))
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     outline = [withStroke(linewidth=2.5, foreground="white")]  # readable on any pane
