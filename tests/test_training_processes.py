@@ -39,16 +39,17 @@ from mfdiff_lite.__main__ import app
 
 folder, rank, losses, real = sys.argv[1], os.environ["RANK"], [], training.train_stage1
 
-def recorded(*args):
-    for state in real(*args):
+def recorded(*args, **kwargs):
+    for state in real(*args, **kwargs):
         losses.append(state.loss)
         yield state
 
 training.train_stage1 = recorded
-app(["train", "--out", f"{folder}/rank-{rank}", "--profile", "smoke", "--device", "cpu", *sys.argv[2:]],
-    standalone_mode=False)
+status = app(["train", "--out", f"{folder}/rank-{rank}", "--profile", "smoke", "--device", "cpu", *sys.argv[2:]],
+             standalone_mode=False)
 with open(f"{folder}/losses-{rank}.json", "w") as out:
     json.dump(losses, out)
+sys.exit(status or 0)
 """
 
 
