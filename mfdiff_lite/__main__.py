@@ -179,7 +179,9 @@ def _ready_for(path: Path, force: bool) -> None:
 def simulate(
     out: Annotated[
         Path,
-        typer.Option(help="folder for lpet, spet, mr, activity, mask, tissues, lesions, two count halves, scan.json"),
+        typer.Option(
+            help="folder for lpet, spet, mr, activity, mask, tissues, lesions, half_a, half_b (.nii.gz), scan.json"
+        ),
     ],
     anatomy: Annotated[str, typer.Option(help="an embedded anatomy, see `info`")] = "icbm152",
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,

@@ -603,6 +603,7 @@ def test_help_names_every_option_with_its_meaning():
         "simulate": cli.simulate,
         "evaluate": cli.evaluate,
         "train": cli.train,
+        "adapt": cli.adapt,
         "info": cli.info,
     }
     units = {
@@ -614,7 +615,8 @@ def test_help_names_every_option_with_its_meaning():
             "0 to 1",
             "HTML",
         ],
-        "simulate": ["axial slices", "dose-reduction factor", "(.nii.gz)", "edge-scanner, low-contrast, t2-mr"],
+        "simulate": ["axial slices", "dose-reduction factor", "(.nii.gz)", "edge-scanner"],
+        "adapt": ["two count halves", "an SPET", "key=value", "half of the LPET's counts"],
         "evaluate": ["on the LPET's grid", "PSNR, SSIM, NRMSE", "brain mask"],
         "train": ["key=value", "smoke (seconds), cpu", "checkpoint"],
         "info": ["Versions"],
