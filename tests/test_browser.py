@@ -204,7 +204,10 @@ class Explorer:
     def panes(self):
         """Name -> pixels as they were sent, (H, W, 3)."""
         read = """images => images.map(async image => {
-            await image.decode();
+            for (let left = 100; ; left--) {  // a new picture may come while the old one is read
+                try { await image.decode(); break; } catch (error) { if (!left) throw error; }
+                await new Promise(resolve => setTimeout(resolve, 20));
+            }
             const canvas = document.createElement('canvas');
             [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
             canvas.getContext('2d').drawImage(image, 0, 0);
