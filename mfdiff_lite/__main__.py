@@ -183,7 +183,9 @@ def simulate(
             help="folder for lpet, spet, mr, activity, mask, tissues, lesions, half_a, half_b (.nii.gz), scan.json"
         ),
     ],
-    anatomy: Annotated[str, typer.Option(help="an embedded anatomy, see `info`")] = "icbm152",
+    anatomy: Annotated[
+        str, typer.Option(help="an anatomy that `info` lists: embedded, or of BrainWeb once fetched")
+    ] = "icbm152",
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
     dose_reduction: DoseReduction = 20.0,
     shift: Annotated[

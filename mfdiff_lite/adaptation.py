@@ -97,8 +97,12 @@ def train_stage2(
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0)
     step, seconds, running, curve = 0, 0.0, None, [{"step": 0, "loss": data.held_out_loss(student)}]
     models = {"model": student, "average": average, "best": best}
+    made_with = dataclasses.asdict(settings) | {
+        "parent": model.fingerprint,
+        "target": [f"{scan.name}, total {scan.lpet.sum():.6g}" for scan in scans],
+    }
     if held:
-        step, seconds, curve = load_checkpoint(out, settings, models, optimizer)
+        step, seconds, curve = load_checkpoint(out, made_with, models, optimizer)
     card = _card(model, settings, scans, data.assumed)
 
     def ended() -> bool:
@@ -132,7 +136,7 @@ def train_stage2(
             seconds += time.monotonic() - began
             if out is not None and (step % settings.validate_every == 0 or ended() or interrupted.is_set()):
                 out.mkdir(parents=True, exist_ok=True)
-                save_checkpoint(out, settings, models, optimizer, step, seconds, curve)
+                save_checkpoint(out, made_with, models, optimizer, step, seconds, curve)
             if interrupted.is_set():
                 raise KeyboardInterrupt
             yield state()

@@ -17,7 +17,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from .scan import Scan, _on_grid_of, _quiet_nibabel, _read
+from .scan import Scan, on_grid_of, quiet_nibabel, read_image
 
 
 def short_frame_scan(
@@ -65,14 +65,14 @@ def short_frame_scan(
     )  # a bad PET is refused before its MR is blamed
     if mr_path is None:
         return scan
-    return replace(scan, mr=_on_grid_of(nib.Nifti1Image(spet, image.affine), _read(mr_path), pet_path, mr_path))
+    return replace(scan, mr=on_grid_of(nib.Nifti1Image(spet, image.affine), read_image(mr_path), pet_path, mr_path))
 
 
 @contextmanager
 def _one_sentence(path: str | Path) -> Iterator[None]:
     """Says in one sentence what nibabel and the unpacking raise about a file."""
     try:
-        with _quiet_nibabel():
+        with quiet_nibabel():
             yield
     except (OSError, EOFError, zlib.error, ValueError, TypeError, nib.filebasedimages.ImageFileError) as error:
         reason = " ".join(str(error).split()).rstrip(".")

@@ -57,8 +57,10 @@ def activity_bias(x: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> flo
 
 def lesion_contrast(x: np.ndarray, lesions: np.ndarray, label: int, brain: np.ndarray) -> float:
     """a / b - 1: mean in the lesion over mean in the ring round it (2 to 8 mm away at 2 mm voxels, brain only, other
-    lesions left out)."""
+    lesions left out). NaN if the volume shows no such lesion or no ring."""
     where = np.argwhere(lesions == label)
+    if not len(where):
+        return float("nan")
     low, high = np.maximum(where.min(0) - 6, 0), where.max(0) + 7
     near = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     inside = lesions[near] == label

@@ -278,15 +278,16 @@ def load_scan(
     Raises OSError when a file cannot be read, ValueError when its content will not do; each in one sentence that says
     what to do.
     """
-    lpet = _read(lpet_path)
+    lpet = read_image(lpet_path)
     Scan(
         lpet=lpet.dataobj, affine=lpet.affine, sources={"lpet": str(lpet_path)}
     )  # a bad PET is refused before its MR is blamed
-    mr = None if mr_path is None else _on_grid_of(lpet, _read(mr_path), lpet_path, mr_path)
+    mr = None if mr_path is None else on_grid_of(lpet, read_image(mr_path), lpet_path, mr_path)
     spet, mask = (
-        None if path is None else _if_grid_of(lpet, _read(path), lpet_path, path) for path in (spet_path, mask_path)
+        None if path is None else _if_grid_of(lpet, read_image(path), lpet_path, path)
+        for path in (spet_path, mask_path)
     )
-    halves = None if half_paths is None else [_if_grid_of(lpet, _read(p), lpet_path, p) for p in half_paths]
+    halves = None if half_paths is None else [_if_grid_of(lpet, read_image(p), lpet_path, p) for p in half_paths]
     sources = {"lpet": lpet_path, "mr": mr_path, "spet": spet_path, "mask": mask_path}
     return Scan(
         lpet=np.asarray(lpet.dataobj, np.float32),
@@ -305,18 +306,18 @@ def load_scan(
 
 def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """One 3-D NIfTI volume and its affine, with the same checks and sentences as `load_scan`."""
-    image = _read(path)
+    image = read_image(path)
     return np.asarray(image.dataobj, np.float32), image.affine
 
 
-def _read(path: str | Path) -> nib.spatialimages.SpatialImage:
+def read_image(path: str | Path) -> nib.spatialimages.SpatialImage:
     """A 3-D image, its data read whole so that a truncated file is found here."""
     if not Path(path).is_file():
         raise OSError(
             f"{path}: expected a NIfTI file, found {'a folder' if Path(path).is_dir() else 'nothing'}; check the path"
         )
     try:
-        with _quiet_nibabel():
+        with quiet_nibabel():
             image = nib.load(path)
         data = np.asanyarray(image.dataobj)
     except nib.filebasedimages.ImageFileError:
@@ -343,7 +344,7 @@ def _read(path: str | Path) -> nib.spatialimages.SpatialImage:
 
 
 @contextmanager
-def _quiet_nibabel() -> Iterator[None]:
+def quiet_nibabel() -> Iterator[None]:
     """Nibabel logs a line of its own about a header that it then raises about."""
     logger = nib.imageglobals.logger
     before, logger.disabled = logger.disabled, True
@@ -371,7 +372,7 @@ def _if_grid_of(pet: nib.Nifti1Image, image: nib.Nifti1Image, pet_path: object, 
     return np.asarray(image.dataobj, np.float32)
 
 
-def _on_grid_of(pet: nib.Nifti1Image, mr: nib.Nifti1Image, pet_path: object, mr_path: object) -> np.ndarray:
+def on_grid_of(pet: nib.Nifti1Image, mr: nib.Nifti1Image, pet_path: object, mr_path: object) -> np.ndarray:
     """MR resampled to the PET grid: low-pass to the PET's voxels, then linear."""
     active = np.argwhere(np.asarray(pet.dataobj) > 0.2 * np.max(pet.dataobj))
     points = nib.affines.apply_affine(np.linalg.inv(mr.affine) @ pet.affine, active[:: max(1, len(active) // 20000)])

@@ -86,8 +86,9 @@ def train_stage1(
     optimizer = torch.optim.AdamW(model.parameters(), lr=profile.learning_rate, weight_decay=1e-4)
     step, seconds, curve, revision = 0, 0.0, [], code_revision()
     models = {"model": model, "average": average}
+    made_with = dataclasses.asdict(profile) | {"started_from": None if start is None else start.fingerprint}
     if held:
-        step, seconds, curve = load_checkpoint(out, profile, models, optimizer)
+        step, seconds, curve = load_checkpoint(out, made_with, models, optimizer)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     running: dict[str, float] = {}
     last = None
@@ -96,7 +97,7 @@ def train_stage1(
         nonlocal last
         if out is not None and accelerator.is_main_process and last != step:
             out.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(out, profile, models, optimizer, step, seconds, curve)
+            save_checkpoint(out, made_with, models, optimizer, step, seconds, curve)
             last = step
 
     with interrupt_after_step() as interrupted:
@@ -226,18 +227,18 @@ def refuse_or_resume(out: Path | None, resume: bool) -> bool:
 
 def save_checkpoint(
     out: Path,
-    settings: Any,
+    made_with: dict[str, Any],
     models: dict[str, MFdiff],
     optimizer: Any,
     step: int,
     seconds: float,
     curve: list[dict[str, float]],
 ) -> None:
-    """Everything that a run of these settings (a frozen dataclass) needs to go on exactly, in one file."""
+    """Everything that a run needs to go on exactly, in one file. made_with: what decides it, as JSON can hold it."""
     tensors = {f"{name}.{k}": v for name, model in models.items() for k, v in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    note = {"profile": dataclasses.asdict(settings), "step": step, "seconds": seconds, "curve": curve}
+    note = {"profile": made_with, "step": step, "seconds": seconds, "curve": curve}
     with whole_file(out / CHECKPOINT) as partial:
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"note": json.dumps(note)}
@@ -245,10 +246,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    out: Path, settings: Any, models: dict[str, MFdiff], optimizer: Any
+    out: Path, made_with: dict[str, Any], models: dict[str, MFdiff], optimizer: Any
 ) -> tuple[int, float, list[dict[str, float]]]:
     """Put a checkpoint back into models and optimizer; returns its step, seconds and curve. Raises ValueError if it is
-    damaged or belongs to other settings."""
+    damaged or was made with something else."""
     from safetensors import SafetensorError, safe_open
 
     path = out / CHECKPOINT
@@ -260,7 +261,7 @@ def load_checkpoint(
         raise ValueError(
             f"{path}: expected a checkpoint of training, found a damaged file ({error}); delete it to start again"
         ) from None
-    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    wanted = json.loads(json.dumps(made_with))
     changed = [key for key in wanted if note["profile"].get(key) != wanted[key]]
     if changed:
         found = ", ".join(f"{key}={note['profile'].get(key)}" for key in changed)

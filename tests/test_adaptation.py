@@ -196,7 +196,16 @@ def test_a_cut_run_resumes_to_the_same_weights(tiny, measured, tmp_path):
     assert stored.fingerprint == uncut.fingerprint == states[-1].model.fingerprint
     (again,) = train_stage2(tiny, measured, "split", out=tmp_path, resume=True, **options)
     assert again.step == 6 and again.model.fingerprint == uncut.fingerprint, "a finished run only writes its file again"
-    with pytest.raises(ValueError, match="other|seed"):
+    parent, scan = (
+        MFdiff.from_profile(load_profile("smoke", fusion_widths="8,8,8", denoiser_widths="8,8,8", seed=1)),
+        measured,
+    )
+    with pytest.raises(ValueError, match="found one with parent="):
+        next(train_stage2(parent, scan, "split", out=tmp_path, resume=True, **options))
+    with pytest.raises(ValueError, match="found one with target="):
+        other = dataclasses.replace(scan, lpet=scan.lpet * 2)
+        next(train_stage2(tiny, other, "split", out=tmp_path, resume=True, **options))
+    with pytest.raises(ValueError, match="found one with seed="):
         next(
             train_stage2(tiny, measured, "split", out=tmp_path, resume=True, settings=dataclasses.replace(FEW, seed=1))
         )
@@ -207,8 +216,7 @@ def test_without_a_gain_the_parent_is_kept_and_it_stops(tiny, measured):
     wild = dataclasses.replace(FEW, learning_rate=3.0, steps=60, validate_every=1, patience=2, ema=0.0)
     states = list(train_stage2(tiny, measured, "split", settings=wild, device="cpu", workers=1))
     assert states[-1].step < 60 and states[-1].step - states[-1].best == 2
-    if states[-1].best == 0:
-        assert states[-1].model.fingerprint == tiny.fingerprint
+    assert states[-1].best == 0 and states[-1].model.fingerprint == tiny.fingerprint
 
 
 def test_held_out_slices_are_never_learned_from(measured):

@@ -157,6 +157,11 @@ def test_contrast_looks_at_the_ring_only(lesion_case):
     )
 
 
+def test_a_lesion_that_the_volume_does_not_show_has_no_contrast():
+    image, lesions = np.ones((12, 12, 12)), np.zeros((12, 12, 12), np.uint8)
+    assert np.isnan(metrics.lesion_contrast(image, lesions, 1, np.ones(image.shape, bool)))
+
+
 def test_contrast_at_the_edge_of_the_volume_and_without_a_ring(lesion_case):
     truth, _, _, brain = lesion_case
     lesions = np.zeros(SHAPE, np.uint8)

@@ -81,6 +81,24 @@ def test_the_diffusion_loss_does_not_train_the_coarse_head(model):
     model.zero_grad()
 
 
+def test_every_second_pair_sees_the_head_mirrored():
+    """So the coarse estimate of a mirrored head is the mirrored one; from one or two samples it is not."""
+    x = np.indices((64, 64, 3)) - 31.5
+    brain = np.hypot(x[0], x[1]) < 25  # its box is 64 wide: nothing is padded
+    rng, model = np.random.default_rng(0), randomised(denoiser_widths=(8, 16, 32))
+    lpet = 10.0 * brain + 5 * rng.random(brain.shape) * (np.hypot(x[0], x[1]) < 20)  # an even rim: an even box
+    mr = (100 + 20 * rng.random(brain.shape)) * brain
+    here, there = (
+        {k: model.restore(Scan(a, b), k).coarse for k in (2, 4)} for a, b in ((lpet, mr), (lpet[::-1], mr[::-1]))
+    )
+    np.testing.assert_allclose(there[4][::-1], here[4], atol=1e-4 * lpet.max())
+    assert np.abs(there[2][::-1] - here[2]).max() > 1e-2 * lpet.max()
+    views = np.stack([here[2], there[2][::-1]])
+    unclipped = (views > 0).all(0) & brain
+    assert unclipped.sum() > 0.5 * brain.sum()
+    np.testing.assert_allclose(here[4][unclipped], views.mean(0)[unclipped], atol=1e-4 * lpet.max())
+
+
 def test_paired_noise_is_antithetic_normal_and_seeded():
     noise = paired_noise(5, (64, 64), [3, 7])
     assert torch.equal(noise[0], -noise[1]) and torch.equal(noise[2], -noise[3])

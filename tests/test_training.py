@@ -145,4 +145,6 @@ def test_the_card_names_the_weights_it_started_from(uncut, tmp_path):
     parent = load_model(uncut[0] / WEIGHTS, "cpu")
     run(tmp_path, dataclasses.replace(TINY, steps=1), start=parent)
     started = load_model(tmp_path / WEIGHTS, "cpu").card["started_from"]
+    with pytest.raises(ValueError, match="found one with started_from="):
+        run(tmp_path, dataclasses.replace(TINY, steps=1), resume=True)
     assert started["fingerprint"] == parent.fingerprint and started["card"]["steps"] == TINY.steps
