@@ -34,8 +34,8 @@ HEADS = 4
 
 
 class Fused(NamedTuple):
-    """feature: (B, C, H/2, W/2); coarse: (B, 1, H, W) scaled activity; gate: (B, 1, H/2, W/2) mean over channels;
-    similarity: (B, 1, H/2, W/2) in [-1, 1]."""
+    """feature: (B, C, H/2, W/2); coarse: (B, 1, H, W) scaled activity; gate: (B, 1, H/2, W/2) mean over channels, 0
+    without MR; similarity: (B, 1, H/2, W/2) in [-1, 1]."""
 
     feature: Tensor
     coarse: Tensor
@@ -68,7 +68,7 @@ class MultiModalityFusion(nn.Module):
         )
         feature = self.decoder(fused, condition)
         coarse = smooth(lpet) + double(self.head(F.silu(feature)))
-        return Fused(feature, coarse, gates[0].mean(1, keepdim=True), similarities[0].mean(1, keepdim=True))
+        return Fused(feature, coarse, seen * gates[0].mean(1, keepdim=True), similarities[0].mean(1, keepdim=True))
 
 
 class PlainFusion(nn.Module):

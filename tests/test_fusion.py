@@ -112,7 +112,7 @@ def test_without_mr_nothing_of_the_mr_path_is_left():
         after = fusion(lpet, mr, dose)
     assert torch.equal(before.coarse[1], after.coarse[1]) and torch.equal(before.feature[1], after.feature[1])
     assert not torch.allclose(before.coarse[0], after.coarse[0], atol=1e-3)
-    assert after.similarity[1].abs().max() == 0
+    assert after.similarity[1].abs().max() == 0 and after.gate[1].max() == 0 < after.gate[0].min()
 
 
 def test_a_closed_gate_returns_the_pet_features_exactly():
