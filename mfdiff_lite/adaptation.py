@@ -201,13 +201,17 @@ class TargetSlices:
         return tensors | {"dose": scan.dose_reduction, "held": np.flatnonzero(held), "learned": np.flatnonzero(~held)}
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Batch number `step`, always the same: random learned slices of one scan, half of the batches mirrored. The
-        noise of "sure" is moved a little each time: one and the same probe could be fitted."""
+        """Batch number `step`, always the same: random learned slices of one scan, half of the batches mirrored, the
+        noise of half of the slices negated: either half of the counts may teach the other. The noise of "sure" is moved
+        a little each time: one and the same probe could be fitted."""
         rng = np.random.default_rng([self.settings.seed, step, 41])
         scan = self.scans[rng.integers(len(self.scans))]
         batch = self._slices(scan, rng.choice(scan["learned"], self.settings.batch))
         if self.settings.objective == "sure":
             batch["noise"] = batch["noise"].roll(rng.integers(-3, 4, 2).tolist(), (-2, -1))
+        if "noise" in batch:
+            sign = np.float32(rng.choice((-1, 1), self.settings.batch))
+            batch["noise"] = batch["noise"] * torch.from_numpy(sign)[:, None, None, None]
         if rng.random() < 0.5:
             batch = {key: value.flip(-2) if value.ndim == 4 else value for key, value in batch.items()}
         return batch
@@ -230,13 +234,9 @@ class TargetSlices:
         def f(pet: Tensor, dose: Tensor) -> Tensor:
             return model.fusion(pet, mr, dose).coarse
 
-        if self.settings.objective == "split":
-            losses = []
-            for noise in (batch["noise"], -batch["noise"]):  # y + MIX n has the variance of y times 1 + MIX^2
-                restored = f(batch["lpet"] + MIX * noise, (1 + MIX**2) * dose)
-                partner = middle["lpet"] - noise[:, self.context // 2, None] / MIX
-                losses.append((weight * (restored - partner) ** 2).mean())
-            return sum(losses) / 2
+        if self.settings.objective == "split":  # y + MIX n has the variance of y times 1 + MIX^2
+            restored = f(batch["lpet"] + MIX * batch["noise"], (1 + MIX**2) * dose)
+            return (weight * (restored - (middle["lpet"] - middle["noise"] / MIX)) ** 2).mean()
         if self.settings.objective == "sure":
             plain, probed = f(batch["lpet"], dose), f(batch["lpet"] + PROBE * batch["noise"], dose)
             divergence = middle["noise"] * (probed - plain) / PROBE
@@ -245,12 +245,14 @@ class TargetSlices:
 
     @torch.no_grad()
     def held_out_loss(self, model: MFdiff) -> float:
-        """Mean loss over the held-out slices of all scans; each call sees the same noise."""
+        """Mean loss over the held-out slices of all scans, and both signs of the noise; each call sees the same."""
         losses = []
         for scan in self.scans:
             for first in range(0, len(scan["held"]), self.settings.batch):
                 some = scan["held"][first : first + self.settings.batch]
-                losses += [self.loss(model, self._slices(scan, some), [first, 2]).item()] * len(some)
+                batch = self._slices(scan, some)
+                both = [batch, batch | {"noise": -batch["noise"]}] if "noise" in batch else [batch]
+                losses += [self.loss(model, one, [first, 2]).item() for one in both for _ in some]
         return float(np.mean(losses))
 
 
