@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 
 import ipywidgets as widgets
 import matplotlib
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
+from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from nibabel.processing import resample_from_to
@@ -621,6 +623,15 @@ def panel(
     if meaning:
         ax.figure.colorbar(drawn, ax=ax, location="bottom", shrink=0.8).set_label(meaning, fontsize=8)
     return drawn
+
+
+def show(fig: Figure, alt: str) -> None:
+    """Show a figure in a notebook, with the text that a screen reader reads out in its place, and close it.
+
+    Of a figure that a cell leaves open, Jupyter makes a picture without any text.
+    """
+    display({"text/html": _still(fig, alt), "text/plain": alt}, raw=True)
+    plt.close(fig)
 
 
 def report_html(scan: Scan, restored: Any, lines: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
@@ -513,3 +514,14 @@ def test_air_is_cut_off_and_places_stay_right():
     view.plane.value = "sagittal"
     view.slice.value = 5  # the first voxel of the head along x: voxel 30, at 10 mm
     assert "x = 10.0 mm" in view.caption.value
+
+
+def test_show_displays_a_picture_with_its_text_and_closes_it(monkeypatch):
+    shown = []
+    monkeypatch.setattr(explorer, "display", lambda data, raw: shown.append(data))
+    fig, ax = plt.subplots()
+    ax.plot([1, 2])
+    explorer.show(fig, 'a line that rises from 1 to 2 "kBq/mL"')
+    assert shown[0]["text/html"].startswith('<img alt="a line that rises from 1 to 2 &quot;kBq/mL&quot;" ')
+    assert "data:image/png;base64," in shown[0]["text/html"] and shown[0]["text/plain"].startswith("a line")
+    assert not plt.fignum_exists(fig.number)
