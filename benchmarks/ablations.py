@@ -1,34 +1,40 @@
-"""Which part is worth what: the model, its baselines and itself without single parts, trained anew at one equal budget.
+"""Which part is worth what: the model, its baselines and itself without single parts, trained at one equal budget.
 
     make ablations                                          # all of them, about 10 minutes each on 2 cores
     python benchmarks/ablations.py "gated fusion" "MR concatenated" --steps 800
+    python benchmarks/ablations.py --continued              # parts taken from the shipped weights, which then train on
 
 Every variant gets the same data, steps, batches, seed and, where a part is replaced and not removed, the same number of
 parameters within 3 %. Trained in runs/ablations/, cut runs go on. No setting is chosen here: all variants are judged
-once on the test patients of `make results`. Writes results/ablations.json, results/tradeoff.png and, once the four of
-HEADLINE are there, rows of group "evidence" in results/targets.json. A short budget ranks; it does not tell what long
-training reaches.
+once on the test patients of `make results`. Writes results/ablations.json, results/tradeoff.png and rows of group
+"evidence" in results/targets.json. A short budget from random weights ranks what is learned first; it does not tell
+what long training reaches. `--continued` does: whoever can do without a part makes up for it in these steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import typer
 from scipy import ndimage
 from tqdm import tqdm
 
-from mfdiff_lite import metrics
+from mfdiff_lite import fusion, metrics
 from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.baselines import gaussian
 from mfdiff_lite.config import TEST_ANATOMIES, Profile, load_profile
 from mfdiff_lite.evaluation import evaluate, score
-from mfdiff_lite.model import FIDELITY_SD, MFdiff, load_model
+from mfdiff_lite.fusion import GatedFusion, local_correlation
+from mfdiff_lite.model import FIDELITY_SD, MFdiff, load_model, load_pretrained
 from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.training import WEIGHTS, train_stage1
@@ -37,6 +43,7 @@ from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json,
 K = 4  # samples of a restoration
 HEADLINE = ("gated fusion", "MR concatenated", "PET only", "regression U-Net, PET + MR")
 BUDGET = "all trained alike for the steps in results/ablations.json"
+FULL = "both trained on alike from the shipped weights, see results/ablations.json"
 GOALS = {
     "matched_unet": (f"PSNR over the regression U-Net of the same size, PET + MR; {BUDGET}", "dB", ">=", -0.1, 0.2),
     "pet_only": (f"PSNR over PET-only diffusion; {BUDGET}", "dB", ">=", 0.4, 1.0),
@@ -45,6 +52,11 @@ GOALS = {
     "concat_contrast": (f"PET-only contrast kept minus MR concat's; {BUDGET}", "", ">=", 0.03, 0.08),
     "other_mr_pet_only": (f"PSNR with another patient's MR below the PET-only model; {BUDGET}", "dB", "<=", 0.3, 0.1),
     "no_mr_pet_only": (f"PSNR without MR below the PET-only model; {BUDGET}", "dB", "<=", 0.3, 0.1),
+}
+CONTINUED_GOALS = {
+    "pet_only_continued": (f"PSNR over the model that never sees an MR again; {FULL}", "dB", ">=", 0.4, 1.0),
+    "other_mr_continued": (f"PSNR with another patient's MR below that model; {FULL}", "dB", "<=", 0.3, 0.1),
+    "no_mr_continued": (f"PSNR without MR below that model; {FULL}", "dB", "<=", 0.3, 0.1),
 }
 RUNS = Path(__file__).parents[1] / "runs" / "ablations"
 PLAIN = {"fusion_widths": (40, 88, 160)}  # one encoder instead of two: wider, so that the parameters stay the same
@@ -55,36 +67,81 @@ VARIANTS: dict[str, dict] = {
     "PET only": {"fusion": "pet", **PLAIN},
     "regression U-Net, PET + MR": {"fusion": "concat", **UNET},
     "regression U-Net, PET": {"fusion": "pet", **UNET},
+    "no coarse estimate": {},
     "no MR dropout or swap": {"no_mr": 0.0, "wrong_mr": 0.0},
     "no lesion weight": {"lesion_weight": 0.0},
     "one slice": {"context": 1},
     "three slices": {"context": 3},
 }
+BLIND = "no MR, in training and after"
+CONTINUED: dict[str, dict] = {
+    "all parts": {},
+    BLIND: {"no_mr": 1.0, "wrong_mr": 0.0},
+    "no gate": {},
+    "no similarity": {},
+    "no MR dropout or swap": {"no_mr": 0.0, "wrong_mr": 0.0},
+    "no lesion weight": {"lesion_weight": 0.0},
+}
+SCHEDULE = {"learning_rate": 4e-4, "warmup": 50}  # of CONTINUED
 
 
-def profile_of(variant: str, steps: int, base: str = "cpu") -> Profile:
+def _without_gate(self: GatedFusion, p: torch.Tensor, m: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    _, gate, similarity = _fuse(self, p, m)
+    pn, mn = (torch.nn.functional.instance_norm(x) for x in (p, m))
+    return p + self.refine(self.attend(pn, mn)), torch.ones_like(gate), similarity
+
+
+def _without_similarity(pn: torch.Tensor, mn: torch.Tensor) -> torch.Tensor:
+    return 0 * local_correlation(pn, mn)
+
+
+def _without_coarse(self: MFdiff, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"diffusion": _losses(self, *batch)["diffusion"]}  # the head stays at zero: coarse is a fixed Gaussian
+
+
+_fuse, _losses = GatedFusion.forward, MFdiff.forward
+ALTERED: dict[str, tuple[object, str, Callable]] = {  # what no profile can switch off: where, which name, by what
+    "no gate": (GatedFusion, "forward", _without_gate),
+    "no similarity": (fusion, "local_correlation", _without_similarity),
+    "no coarse estimate": (MFdiff, "forward", _without_coarse),
+}
+
+
+@contextlib.contextmanager
+def altered(variant: str) -> Iterator[None]:
+    """The library without the variant's part, while it is trained and while it restores."""
+    with patch.object(*ALTERED[variant]) if variant in ALTERED else contextlib.nullcontext():
+        yield
+
+
+def profile_of(variant: str, steps: int, base: str = "cpu", continued: bool = False) -> Profile:
     """The profile of a variant: the base profile with its part replaced and the common budget."""
-    return load_profile(base, **VARIANTS[variant], steps=steps, validate_every=steps)
+    changes = SCHEDULE | CONTINUED[variant] if continued else VARIANTS[variant]
+    return load_profile(base, **changes, steps=steps, validate_every=steps)
 
 
-def trained(variant: str, steps: int, base: str) -> MFdiff:
-    """The variant's averaged weights, trained now or taken from a finished run."""
-    out = RUNS / f"{re.sub(r'[^a-z]+', '-', variant.lower())}-{base}-{steps}"
+def trained(variant: str, steps: int, base: str, start: MFdiff | None = None) -> MFdiff:
+    """The variant's averaged weights, trained now or taken from a finished run. start: what a CONTINUED one starts
+    from."""
+    name = re.sub(r"[^a-z]+", "-", variant.lower())
+    out = RUNS / f"{name}-{base}-{steps}{'' if start is None else '-continued'}"
     if not (out / WEIGHTS).exists():
-        states = train_stage1(profile_of(variant, steps, base), out, resume=True)
+        profile = profile_of(variant, steps, base, continued=start is not None)
+        states = train_stage1(profile, out, resume=True, start=start)
         for state in tqdm(states, total=steps, desc=variant, unit="step", mininterval=5):
             last = state
         tqdm.write(f"{variant}: {json.dumps(last.validation)}")
     return load_model(out / WEIGHTS)
 
 
-def judged(model: MFdiff, cases: list[Scan]) -> dict:
-    """Patients and summary, with the right, another patient's and no MR; and the curve of fidelity."""
+def judged(model: MFdiff, cases: list[Scan], blind: bool = False) -> dict:
+    """Patients and summary, with the right, another patient's and no MR; and the curve of fidelity. blind: never with
+    an MR."""
     means = {}
 
     def with_mr(name, mr):
         def restore(scan):
-            part = Scan(scan.lpet, mr(scan), affine=scan.affine, dose_reduction=DOSE, name=scan.name)
+            part = Scan(scan.lpet, None if blind else mr(scan), affine=scan.affine, dose_reduction=DOSE, name=scan.name)
             means[name, scan.name] = model.restore(part, K, fidelity=0.0).mean
             return means[name, scan.name]
 
@@ -132,6 +189,19 @@ def report(variants: dict[str, dict], targets: Targets) -> None:
         targets.add(name, *metrics.mean_ci(lost))
 
 
+def report_continued(variants: dict[str, dict], targets: Targets) -> None:
+    """What an MR is worth to the shipped weights, paired over patients."""
+    ours, blind = (variants[name]["patients"] for name in ("all parts", BLIND))
+
+    def over(condition):
+        pairs = zip(ours, blind, strict=True)
+        return [a["spet"][condition]["psnr"] - b["spet"]["no MR"]["psnr"] for a, b in pairs]
+
+    targets.add("pet_only_continued", *metrics.mean_ci(over("right MR")))
+    targets.add("other_mr_continued", *metrics.mean_ci([-x for x in over("another patient's MR")]))
+    targets.add("no_mr_continued", *metrics.mean_ci([-x for x in over("no MR")]))
+
+
 def picture(found: dict) -> None:
     """PSNR against lesion contrast kept: a curve for every model, so that nobody wins one by selling the other."""
     figure, axes = plt.subplots(figsize=(7, 4.6), facecolor="white", layout="constrained")
@@ -143,7 +213,7 @@ def picture(found: dict) -> None:
     axes.plot(
         [p["contrast_kept"] for p in points], [p["psnr"] for p in points], "s--", ms=4, color="0.4", label="Gaussian"
     )
-    n, steps = found["setting"]["patients"], found["setting"]["steps"]
+    n, steps = (found["setting of variants"][key] for key in ("patients", "steps"))
     axes.set(
         xlabel="contrast of PET-only lesions kept (SPET = 1)",
         ylabel="PSNR against SPET [dB]",
@@ -153,10 +223,10 @@ def picture(found: dict) -> None:
     figure.savefig(RESULTS / "tradeoff.png", dpi=100)
 
 
-def readme_block(found: dict) -> str:
+def readme_block(variants: dict[str, dict]) -> str:
     """PSNR, contrast kept and leak of every variant, with the right, another patient's and no MR."""
     lines = ["| | PSNR [dB] | another patient's MR | no MR | PET-only contrast kept | MR leak |", "|---" * 6 + "|"]
-    for name, one in found["variants"].items():
+    for name, one in variants.items():
         against = {key: one["summary"][key] for key in ("spet", "truth")}
         cells = [f"{against['spet'][mr]['psnr']['mean']:.2f}" for mr in ("right MR", "another patient's MR", "no MR")]
         cells += [f"{against['spet']['right MR']['contrast_kept']['mean']:.3f}"]
@@ -167,40 +237,51 @@ def readme_block(found: dict) -> str:
 
 def main(
     variants: Annotated[list[str] | None, typer.Argument(help="names; default: all of them")] = None,
-    steps: Annotated[int, typer.Option(help="the common budget")] = 1000,
+    continued: Annotated[bool, typer.Option("--continued", help="take parts from the shipped weights")] = False,
+    steps: Annotated[int | None, typer.Option(help="the common budget; default 1000, with --continued 400")] = None,
     profile: Annotated[str, typer.Option(help="smoke for a try, cpu for numbers")] = "cpu",
     patients: Annotated[int, typer.Option(help="test patients")] = 6,
 ) -> None:
     """Train the variants at one budget and compare them on test patients."""
-    unknown = [name for name in variants or [] if name not in VARIANTS]
+    known, key = (CONTINUED, "continued") if continued else (VARIANTS, "variants")
+    unknown = [name for name in variants or [] if name not in known]
     if unknown:
-        raise typer.BadParameter(f"expected names out of {', '.join(VARIANTS)}, found {unknown[0]!r}")
-    models = {name: trained(name, steps, profile) for name in variants or VARIANTS}
+        raise typer.BadParameter(f"expected names out of {', '.join(known)}, found {unknown[0]!r}")
+    if continued and profile != "cpu":
+        raise typer.BadParameter("expected profile cpu with --continued: the shipped weights are of that size")
+    steps = steps or (400 if continued else 1000)
+    start = load_pretrained("cpu") if continued else None
     cases = scans(TEST_ANATOMIES, patients, SLICES[False] if profile == "cpu" else 6, None, first=900_000)
     for scan in cases:
         scan.other_mr = virtual_patient(load_anatomy("icbm152"), 1, slices=scan.lpet.shape[2]).mr
     setting = {"patients": patients, "dose_reduction": DOSE, "samples": K, "steps": steps}
+    setting |= {"from": start.fingerprint} if continued else {}
     path = RESULTS / "ablations.json"
     found = json.loads(path.read_text()) if path.exists() and profile == "cpu" else {}
-    if found.get("setting") != setting:
-        found = {"setting": setting, "variants": {}}
+    if found.get(f"setting of {key}") != setting:
+        found |= {f"setting of {key}": setting, key: {}}
     found["gaussian"] = [
         {"fwhm": w, **point([(s, gaussian(s, w)) for s in cases])} for w in (3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
     ]
-    for name, model in models.items():
-        about = {"parameters": model.n_parameters, "minutes": model.card["training_minutes"]}
-        found["variants"][name] = about | judged(model, cases)
-        rows = {n: one["summary"]["spet"]["right MR"] for n, one in found["variants"].items()}
+    for name in variants or known:
+        with altered(name):
+            model = trained(name, steps, profile, start)
+            about = {"parameters": model.n_parameters, "minutes": model.card["training_minutes"]}
+            found[key][name] = about | judged(model, cases, blind=name == BLIND)
+        rows = {n: one["summary"]["spet"]["right MR"] for n, one in found[key].items()}
         print(as_table(f"{steps} steps, DRF {DOSE}, n = {patients}, against SPET", rows))
         if profile == "cpu":
             write_json("ablations.json", found)
-    if profile == "cpu" and all(name in found["variants"] for name in HEADLINE):
-        targets = Targets("evidence", GOALS, "make ablations")
-        report(found["variants"], targets)
-        targets.show()
-        targets.write()
+    needed = ("all parts", BLIND) if continued else HEADLINE
+    if profile != "cpu" or any(name not in found[key] for name in needed):
+        return
+    targets = Targets("evidence", CONTINUED_GOALS if continued else GOALS, "make ablations")
+    (report_continued if continued else report)(found[key], targets)
+    targets.show()
+    targets.write()
+    write_readme(readme_block(found[key]), "continued" if continued else "ablations")
+    if not continued:
         picture(found)
-        write_readme(readme_block(found), "ablations")
 
 
 if __name__ == "__main__":
