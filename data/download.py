@@ -2,12 +2,13 @@
 
     python data/download.py --list
     python data/download.py openneuro-ds003382               # 3 subjects, static PET and T1w, 46 MB
-    python data/download.py openneuro-ds003382 --dynamic     # and their 60 s frames, 2.0 GB more
+    python data/download.py openneuro-ds003382 --dynamic     # and their 60 s frames and sidecars, 2.0 GB more
     python data/download.py brainweb --dry-run
 
 **Not tried against the real hosts**: it was written without internet and tested against a local server that serves
 files of the true formats and misbehaves. Addresses and form fields come from public code, sizes and hashes of
-OpenNeuro's files from its manifests. BrainWeb publishes no checksums: its files are judged by what they unpack to.
+OpenNeuro's images from its manifests. BrainWeb publishes no checksums: its files are judged by what they unpack to.
+The sidecars of the dynamic PET (JSON) are unknown beforehand too: they must give start and duration of every frame.
 
 An interrupted file stays beside its place as `.part`; the same command goes on from there by HTTP range. It gets its
 name only after all checks, which every later run repeats. `pooch` does the transfer and the hashes; its `fetch` is not
@@ -18,6 +19,7 @@ CSF, grey, white, fat, muscle, skin, skull, vessels, around fat, dura, marrow); 
 """
 
 import gzip
+import json
 import re
 import shutil
 import time
@@ -35,6 +37,7 @@ DOWNLOADS = Path(__file__).resolve().parent / "downloads"
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of the body
 BACKOFF = (1, 2, 4, 8)  # seconds before each further attempt
 CHUNK = 2**16
+SIDECAR_BYTES = 1_000_000  # at most; public copies have 6 kB
 UNKNOWN_SIZE = 10_000_000  # what the disk-space check sets aside for a file whose size its source does not publish
 
 BRAINWEB_URL = (  # raw_short is the 16-bit file; raw_byte would be half as large
@@ -51,6 +54,10 @@ class Refused(Exception):
     """What came, or what is there, cannot be used; the text is the sentence for the user."""
 
 
+class Absent(Refused):
+    """The server has no such file."""
+
+
 class Again(OSError):
     """The transfer failed in a way that another attempt may mend, like any other OSError of it."""
 
@@ -65,6 +72,7 @@ class Item:
     digest: str | None = None  # md5 or sha256
     unpacked: int | None = None  # bytes of uint16 labels after gunzip
     dynamic: bool = False  # fetched only when asked for
+    inherited: str | None = None  # of a PET's sidecar: the address that holds it if `url` has none (BIDS inheritance)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ PATHS = {  # kind of file -> path below the data set's address, subject for {0}
     "cmrglc": "derivatives/energetic-costs/sub-{0}/ses-open/pet/"
     "sub-{0}_ses-open_task-rest_space-MNI152NLin6ASym_res-3mm_desc-CMRglc_pet.nii.gz",
 }
-# Data set, kind, subject, bytes, md5 or sha256: exactly the files that this script fetches.
+# Data set, kind, subject, bytes, md5 or sha256: exactly the images that this script fetches.
 PINNED = """
 ds003382 t1 02 12533080 b8f673e9b79700db6952bfcaf7e012b6
 ds003382 t1 05 12250504 763113c27a24e25d58ccc375b0c102f1
@@ -115,8 +123,12 @@ def pinned(dataset: str) -> tuple[Item, ...]:
     for owner, kind, subject, size, digest in map(str.split, PINNED.strip().splitlines()):
         if owner == dataset:
             path = PATHS[kind].format(subject)
-            url = f"https://s3.amazonaws.com/openneuro.org/{dataset}/{path}"
-            items.append(Item(path, url, int(size), digest, dynamic=kind == "dynamic"))
+            top = f"https://s3.amazonaws.com/openneuro.org/{dataset}/"
+            if kind == "dynamic":  # the sidecar first: without it 0.7 GB are of no use
+                sidecar = path.removesuffix(".nii.gz") + ".json"
+                shared = top + Path(sidecar).name.removeprefix(f"sub-{subject}_")
+                items.append(Item(sidecar, top + sidecar, dynamic=True, inherited=shared))
+            items.append(Item(path, top + path, int(size), digest, dynamic=kind == "dynamic"))
     return tuple(items)
 
 
@@ -132,7 +144,7 @@ SOURCES = {
         ),
     ),
     "openneuro-ds003382": Source(
-        "in-vivo FDG PET (static; with --dynamic 60 s frames too) and T1w of 3 people",
+        "in-vivo FDG PET (static; with --dynamic 60 s frames and their sidecars too) and T1w of 3 people",
         "CC0 1.0, see https://openneuro.org/datasets/ds003382",
         "OpenNeuro ds003382; Jamadar SD et al. Scientific Data 8 (2021), doi:10.1038/s41597-021-01042-2",
         pinned("ds003382"),
@@ -167,6 +179,26 @@ def label_fault(path: Path, expected: int) -> str | None:
     return None
 
 
+def sidecar_fault(path: Path) -> str | None:
+    """What is wrong with the sidecar of a dynamic PET, or None."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"expected whole JSON, found something else ({error})"
+    if not isinstance(content, dict):
+        return f"expected a JSON object, found {repr(content)[:40]}"
+    counts = []
+    for key in ("FrameTimesStart", "FrameDuration"):
+        value = content.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(v, (int, float)) for v in value):
+            found = repr(value)[:40] if key in content else "no such entry"
+            return f"expected {key} with a number of seconds for every frame, found {found}"
+        counts.append(len(value))
+    if counts[0] != counts[1]:
+        return f"expected FrameTimesStart and FrameDuration of one length, found {counts[0]} and {counts[1]} numbers"
+    return None
+
+
 def fault(item: Item, path: Path) -> str | None:
     """What is wrong with the file at `path`, as "expected ..., found ...", or None: size, then hash, then content."""
     size = path.stat().st_size
@@ -176,6 +208,8 @@ def fault(item: Item, path: Path) -> str | None:
         algorithm = "md5" if len(item.digest) == 32 else "sha256"
         if (found := pooch.file_hash(str(path), alg=algorithm)) != item.digest:
             return f"expected {algorithm} {item.digest}, found {found}"
+    if item.inherited:
+        return sidecar_fault(path)
     return label_fault(path, item.unpacked) if item.unpacked else None
 
 
@@ -219,9 +253,10 @@ class Incoming:
     def __init__(self, item: Item, stream, bar: tqdm, url: str):
         self.item, self.stream, self.bar, self.url = item, stream, bar, url
         self.have, self.total = stream.tell(), item.size  # bytes so far and in the end, None if unknown
+        self.kind, self.start = ("a file with a JSON object", b"{") if item.inherited else ("a gzip file", b"\x1f")
 
-    def refuse(self, expected: str, found: str):
-        raise Refused(
+    def refuse(self, expected: str, found: str, error: type[Refused] = Refused):
+        raise error(
             f"{self.url}: expected {expected}, found {found}; the source may have changed, or a login page or proxy "
             "stands in between: look at this address in a browser."
         )
@@ -242,9 +277,10 @@ class Incoming:
         if status in (408, 429) or status >= 500:
             raise Again(f"the server answered {status} {response.reason}")
         if status not in (200, 206):
-            self.refuse("the file", f"the answer {status} {response.reason}")
+            wanted = f"the sidecar {self.item.path}" if self.item.inherited else "the file"
+            self.refuse(wanted, f"the answer {status} {response.reason}", Absent if status == 404 else Refused)
         if "html" in headers.get("Content-Type", "").lower():
-            self.refuse("a gzip file", "an HTML page")
+            self.refuse(self.kind, "an HTML page")
         start, total = 0, headers.get("Content-Length", "")
         if status == 206:
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
@@ -260,10 +296,10 @@ class Incoming:
         response.raw.headers.pop("Content-Encoding", None)  # else a .gz labelled so would be unpacked on the way
 
     def write(self, chunk: bytes) -> None:
-        if not self.have and chunk[:1] != b"\x1f":
-            self.refuse("a gzip file", f"one that starts with {chunk[:15]!r}")
+        if not self.have and not chunk.lstrip().startswith(self.start):
+            self.refuse(self.kind, f"one that starts with {chunk[:15]!r}")
         self.have += len(chunk)
-        limit = self.item.size or self.item.unpacked
+        limit = self.item.size or self.item.unpacked or SIDECAR_BYTES
         if self.have > limit:
             self.restart()
             self.refuse(f"at most {limit:,} bytes", "more")
@@ -309,11 +345,24 @@ def attempts(item: Item, part: Path, url: str) -> None:
 
 def fetch(item: Item, path: Path, base_url: str | None) -> None:
     """Download one item to `path`: a .part, checks, renaming."""
-    url = re.sub(r"^https://[^/]+", base_url.rstrip("/"), item.url) if base_url else item.url
+
+    def at(url: str) -> str:
+        return re.sub(r"^https://[^/]+", base_url.rstrip("/"), url) if base_url else url
+
+    url = at(item.url)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
-        attempts(item, part, url)
+        try:
+            attempts(item, part, url)
+        except Absent:
+            if not item.inherited:
+                raise
+            part.unlink()
+            typer.echo(f"{url}: no sidecar beside the PET; trying the top of the data set.")
+            url = at(item.inherited)
+            part = part_of(path.with_name(Path(url).name))  # of its own: nothing is put together from two files
+            attempts(item, part, url)
     finally:
         if part.exists() and not part.stat().st_size:
             part.unlink()
@@ -332,7 +381,8 @@ def fetch(item: Item, path: Path, base_url: str | None) -> None:
 def describe(name: str, dynamic: bool) -> str:
     source = SOURCES[name]
     sizes = [item.size for item in source.items if dynamic or not item.dynamic]
-    volume = f"{sum(sizes) / 1e6:,.0f} MB" if all(sizes) else "sizes not published"
+    known = [size for size in sizes if size]  # not those of the sidecars, a few kB
+    volume = f"{sum(known) / 1e6:,.0f} MB" if known else "sizes not published"
     option = " --dynamic" if dynamic else ""
     return f"{name}{option}: {source.what}; {len(sizes)} files, {volume}.\n  Licence: {source.licence}"
 
@@ -346,7 +396,8 @@ def download(name: str, folder: Path, dynamic: bool, dry_run: bool, force: bool,
     check_space(wanted, folder)
     if dry_run:
         for item in wanted:
-            typer.echo(f"would fetch {item.url}\n         to {folder / item.path}")
+            other = f"\n         or {item.inherited}" if item.inherited else ""
+            typer.echo(f"would fetch {item.url}{other}\n         to {folder / item.path}")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "LICENCE.txt").write_text(source.licence + "\n", encoding="utf-8")
@@ -364,7 +415,9 @@ def main(
     directory: Annotated[
         Path, typer.Option("--dir", envvar="MFDIFF_DATA", help="Each data set gets a folder of its own in it.")
     ] = DOWNLOADS,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="openneuro-ds003382: 60 s frames too, 2.0 GB.")] = False,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="openneuro-ds003382: 60 s frames and sidecars too, 2.0 GB.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace local files that are not as expected.")] = False,
     base_url: Annotated[str | None, typer.Option(hidden=True, help="Stands for every host, for the tests.")] = None,
 ) -> None:

@@ -5,6 +5,7 @@ Split by anatomy, because two deformations of one head share it: a model tested 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -30,6 +31,7 @@ from .phantom import virtual_patient
 from .scan import ActivityScale, scale_mr, whole_file
 from .scanner import Scanner
 
+ARRAYS = ("lpet", "mr", "spet", "weight", "dose")
 SCANNER_RANGES = {
     "psf_fwhm": (3.0, 6.5),
     "contamination": (0.25, 0.6),
@@ -62,9 +64,9 @@ def random_scanner(rng: np.random.Generator) -> Scanner:
 
 @dataclass(eq=False)
 class Cohort:
-    """Slabs of scaled slices in memory. lpet: (patients, doses, Z, X, Y) float16 in units of the LPET's brain mean; mr:
-    (patients, Z, X, Y), spet: like lpet (the same SPET in each LPET's unit); weight: (patients, Z, X, Y) uint8, 0 air,
-    1 brain, 2 lesion (those in MR alone too: what must not leak in); dose: (patients, doses)."""
+    """Slabs of scaled slices, read from disk as they are used. lpet: (patients, doses, Z, X, Y) float16 in units of the
+    LPET's brain mean; mr: (patients, Z, X, Y), spet: like lpet (the same SPET in each LPET's unit); weight: (patients,
+    Z, X, Y) uint8, 0 air, 1 brain, 2 lesion (those in MR alone too: what must not leak in); dose: (patients, doses)."""
 
     lpet: np.ndarray
     mr: np.ndarray
@@ -78,8 +80,9 @@ def make_cohort(profile: Profile, part: str = "train", workers: int | None = Non
     """The training or validation cohort of a profile: made once, then read from the cache.
 
     The key of the cache holds the settings and the source of everything that makes the data; a change of either makes a
-    new cohort. Patients are written one by one and whole, so an interrupted build goes on where it stopped. Raises
-    OSError if the cache cannot be written.
+    new cohort. Patients are written one by one and whole, so an interrupted build goes on where it stopped; then they
+    are put together in one file for each kind of image, which training maps into memory. Raises OSError if the cache
+    cannot be written.
     """
     anatomies = {"train": TRAIN_ANATOMIES, "validation": VALIDATION_ANATOMIES}[part]
     count = {"train": profile.patients, "validation": profile.validation_patients}[part]
@@ -110,8 +113,7 @@ def make_cohort(profile: Profile, part: str = "train", workers: int | None = Non
         file=sys.stdout,
     ):
         pass
-    patients = [_read_patient(job) for job in jobs]
-    return Cohort(*(np.stack([p[k] for p in patients]) for k in ("lpet", "mr", "spet", "weight", "dose")), folder)
+    return Cohort(*_together(folder, jobs), folder)
 
 
 def _key(settings: dict) -> str:
@@ -128,6 +130,27 @@ def _mapped(jobs: list, workers: int | None) -> Iterator[None]:
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_make_patient, jobs)
+
+
+def _together(folder: Path, jobs: list) -> list[np.ndarray]:
+    """The images of all patients, mapped: `ARRAYS` of them, (patients, ...)."""
+    paths = [folder / f"{name}-{len(jobs)}.npy" for name in ARRAYS]
+    with contextlib.suppress(FileNotFoundError, EOFError, ValueError):  # not put together yet, or a damaged file
+        return [np.load(path, mmap_mode="r") for path in paths]
+    with contextlib.ExitStack() as stack:
+        partial = [stack.enter_context(whole_file(path)) for path in paths]
+        for index, job in enumerate(jobs):
+            stored = _read_patient(job)
+            patient = [stored[name] for name in ARRAYS]
+            if index == 0:
+                arrays = [
+                    np.lib.format.open_memmap(path, "w+", one.dtype, (len(jobs), *one.shape))
+                    for path, one in zip(partial, patient, strict=True)
+                ]
+            for array, one in zip(arrays, patient, strict=True):
+                array[index] = one
+        del arrays, array  # closed before they get their names
+    return [np.load(path, mmap_mode="r") for path in paths]
 
 
 def _read_patient(job: tuple) -> dict[str, np.ndarray]:

@@ -2,7 +2,8 @@
 
 Every frame has counts of its own, so the mean of few frames is an honest low-dose image of what the mean of many shows.
 Layout: BIDS (bids-specification.readthedocs.io, "Positron Emission Tomography"), as in OpenNeuro ds003382: a 4-D image
-`..._rec-acdyn_run-001_pet.nii.gz` of 90 frames of 60 s and, beside it, a sidecar of the same name that ends in `.json`.
+`..._rec-acdyn_run-001_pet.nii.gz` of 90 frames of 60 s and, beside it, a sidecar of the same name that ends in `.json`;
+`data/download.py openneuro-ds003382 --dynamic` fetches both.
 """
 
 from __future__ import annotations

@@ -54,9 +54,7 @@ def test_parts_never_share_an_anatomy(cache, monkeypatch):
     """Not only by name: the jobs that make the cohorts are looked at."""
     made = {"train": set(), "validation": set()}
     monkeypatch.setattr(module, "_make_patient", lambda job: made[job[3]["part"]].add(job[1]))
-    monkeypatch.setattr(
-        module, "_read_patient", lambda job: {k: np.zeros(1) for k in ("lpet", "mr", "spet", "weight", "dose")}
-    )
+    monkeypatch.setattr(module, "_together", lambda folder, jobs: [None] * 5)
     profile = dataclasses.replace(TINY, seed=77, patients=7, validation_patients=2)
     make_cohort(profile, "train", workers=1)
     make_cohort(profile, "validation")
@@ -116,6 +114,15 @@ def test_files_are_reused(tiny):
     assert {path.name: path.stat().st_mtime_ns for path in tiny.folder.iterdir() if path.suffix == ".npz"} == before
 
 
+def test_images_stay_on_disk(tiny):
+    """Training maps them: a cohort may be larger than the memory."""
+    again = make_cohort(TINY)
+    for name in module.ARRAYS:
+        array = getattr(again, name)
+        assert isinstance(array, np.memmap) and not array.flags.writeable
+    assert again.lpet.shape[:3] == (2, 2, 3) and again.lpet.dtype == np.float16
+
+
 def test_more_patients_reuse_the_first_ones(tiny):
     before = [(tiny.folder / f"patient-0000{i}.npz").stat().st_mtime_ns for i in range(2)]
     more = make_cohort(dataclasses.replace(TINY, patients=3))
@@ -128,9 +135,7 @@ def key(monkeypatch, cache, part="train", **changes):
     """The folder that a profile leads to, without making anything."""
     with monkeypatch.context() as patch:
         patch.setattr(module, "_mapped", lambda jobs, workers: iter(()))
-        patch.setattr(
-            module, "_read_patient", lambda job: {k: np.zeros(1) for k in ("lpet", "mr", "spet", "weight", "dose")}
-        )
+        patch.setattr(module, "_together", lambda folder, jobs: [None] * 5)
         return make_cohort(dataclasses.replace(TINY, **changes), part).folder
 
 
@@ -168,10 +173,17 @@ def test_the_source_of_what_makes_data_is_in_the_key(monkeypatch, cache, changed
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_a_damaged_file_is_made_again(tiny, damage):
+    """A patient's, and that of all patients together: while the latter is whole, nobody needs the former."""
     path = tiny.folder / "patient-00001.npz"
-    whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an archive"}[damage])
-    assert same(make_cohort(TINY), tiny)
+    before = [np.array(array) for array in (tiny.lpet, tiny.mr)]
+    for damaged in (path, tiny.folder / "mr-2.npy"):
+        whole = damaged.read_bytes()
+        damaged.unlink()  # the mapped file stays what it was
+        damaged.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an archive"}[damage])
+    again = make_cohort(TINY)
+    assert same(again, tiny)
+    np.testing.assert_array_equal(again.lpet, before[0])
+    np.testing.assert_array_equal(again.mr, before[1])
     with np.load(path) as stored:
         np.testing.assert_array_equal(stored["lpet"], tiny.lpet[1])
     # ... and the other was left alone, and no partial file lies about.

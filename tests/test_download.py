@@ -27,8 +27,11 @@ import nibabel as nib
 import no_network
 import numpy as np
 import pytest
+import test_frames
 import typer
 from typer.testing import CliRunner
+
+import mfdiff_lite as mf
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "data" / "download.py"
@@ -64,6 +67,13 @@ def labels(seed, stray=0, high=0):
     volume.flat[:stray] |= 5
     volume.flat[:high] = 12 << 4
     return gzip.compress(volume.tobytes(), mtime=0)
+
+
+@functools.cache
+def sidecar(seed, frames=90):
+    """The sidecar of a dynamic PET: about 2 kB."""
+    times = {"FrameTimesStart": [60 * n for n in range(frames)], "FrameDuration": [60] * frames}
+    return json.dumps({"SeriesNumber": seed, "Units": "Bq/ml"} | times, indent=1).encode()
 
 
 # ---- a server that misbehaves on request ---------------------------------------------------------------------------
@@ -193,17 +203,22 @@ class Shop:
         """Replace the items of a data set by the same paths and addresses with small contents."""
         items = []
         for number, item in enumerate(self.script.SOURCES[name].items):
-            body = make(number)
+            body = sidecar(number) if item.inherited else make(number)
             self.files[self.address(item)] = body
             if item.unpacked:
                 items.append(dataclasses.replace(item, unpacked=2 * int(np.prod(LABEL_SHAPE))))
+            elif item.inherited:
+                items.append(item)
             else:
                 algorithm = hashlib.md5 if len(item.digest) == 32 else hashlib.sha256
                 items.append(dataclasses.replace(item, size=len(body), digest=algorithm(body).hexdigest()))
         self.script.SOURCES[name] = dataclasses.replace(self.script.SOURCES[name], items=tuple(items))
 
     def address(self, item):
-        parts = urlsplit(item.url)
+        return self.address_of(item.url)
+
+    def address_of(self, url):
+        parts = urlsplit(url)
         return parts.path + ("?" + parts.query if parts.query else "")
 
     def item(self, name=PET, number=0):
@@ -303,8 +318,11 @@ def test_dynamic_adds_the_frames(shop):
     fine(shop.run(PET))
     shop.requests.clear()
     fine(shop.run(PET, "--dynamic"))
-    assert len(shop.requests) == 3 and all("rec-acdyn" in path for path, _ in shop.requests)
-    assert {i.path for i in shop.script.SOURCES[PET].items} <= set(tree(shop.folder / PET))
+    assert len(shop.requests) == 6 and all("rec-acdyn" in path for path, _ in shop.requests)
+    held, items = tree(shop.folder / PET), shop.script.SOURCES[PET].items
+    assert {i.path: shop.files[shop.address(i)] for i in items}.items() <= held.items()
+    frames = [path for path in held if path.endswith("rec-acdyn_run-001_pet.nii.gz")]
+    assert len(frames) == 3 and all(path.replace(".nii.gz", ".json") in held for path in frames)
 
 
 def test_dynamic_of_another_data_set(shop):
@@ -344,13 +362,18 @@ def test_the_old_file_stays_until_the_new_one_is_right(shop):
     assert shop.path().read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("arguments", [["--list"], [PET, "--dry-run"], ["brainweb", "--dry-run"], [PET, "--list"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--list"], [PET, "--dry-run"], [PET, "--dynamic", "--dry-run"], ["brainweb", "--dry-run"], [PET, "--list"]],
+)
 def test_list_and_dry_run_ask_nothing_and_write_nothing(shop, tmp_path, arguments):
     result = fine(shop.run(*arguments))
     assert not shop.requests and not list(tmp_path.iterdir())
     if "--dry-run" in arguments:
-        items = [i for i in shop.script.SOURCES[arguments[0]].items if not i.dynamic]
+        items = [i for i in shop.script.SOURCES[arguments[0]].items if "--dynamic" in arguments or not i.dynamic]
         assert all(i.url in result.stdout and str(shop.folder / arguments[0] / i.path) in result.stdout for i in items)
+        assert all(i.inherited in result.stdout for i in items if i.inherited)
+        assert f"{len(items)} files to fetch" in result.stdout
     else:
         assert all(name in result.stdout for name in shop.script.SOURCES)
 
@@ -532,6 +555,227 @@ def test_redirects(shop):
     assert shop.path().read_bytes() == shop.body() and not shop.path(number=1).exists()
 
 
+# ---- the sidecars of the dynamic PET -------------------------------------------------------------------------------
+
+
+class Sidecar:
+    """The first sidecar: its addresses beside the PET and at the top, its place, and runs that want it."""
+
+    def __init__(self, shop):
+        self.shop = shop
+        items = shop.script.SOURCES[PET].items
+        self.number = next(n for n, item in enumerate(items) if item.inherited)
+        self.item = items[self.number]
+        self.beside, self.top = shop.address(self.item), shop.address_of(self.item.inherited)
+        self.path, self.part = shop.path(number=self.number), shop.part(number=self.number)
+        self.top_part = self.path.with_name(Path(self.top).name + ".part")
+        self.body = shop.files[self.beside]
+
+    def run(self, *arguments):
+        return self.shop.run(PET, "--dynamic", *arguments)
+
+    def asked(self):
+        """Which of the two addresses was asked for what range, in order."""
+        return [(path, asked) for path, asked in self.shop.requests if path in (self.beside, self.top)]
+
+    def move_to_the_top(self):
+        self.shop.files[self.top] = self.shop.files.pop(self.beside)
+
+    def refused(self, *parts, status=2):
+        """One sentence; nothing stays, and no frames of 0.7 GB were fetched for a sidecar that will not do."""
+        line = refused(self.run(), *parts, status=status)
+        assert not self.path.exists() and not self.part.exists() and not self.top_part.exists()
+        assert not any("acdyn" in path and path.endswith(".nii.gz") for path, _ in self.shop.requests)
+        return line
+
+
+@pytest.fixture
+def side(shop):
+    fine(shop.run(PET))
+    shop.requests.clear()
+    return Sidecar(shop)
+
+
+def test_a_sidecar_beside_its_pet_is_taken_from_there(side):
+    side.shop.files[side.top] = sidecar(77)
+    fine(side.run())
+    assert side.asked() == [(side.beside, None)] and side.path.read_bytes() == side.body
+
+
+def test_a_sidecar_at_the_top_gets_the_name_of_its_pet(side):
+    """BIDS inheritance: one for everybody, at the top of the data set, without the subject in its name."""
+    for item in side.shop.script.SOURCES[PET].items:
+        if item.inherited:
+            del side.shop.files[side.shop.address(item)]
+    side.shop.files["/openneuro.org/ds003382/task-checkerboard_trc-18FFDG_rec-acdyn_run-001_pet.json"] = sidecar(77)
+    result = fine(side.run())
+    assert "trying the top" in result.stdout
+    assert side.asked()[:2] == [(side.beside, None), (side.top, None)]
+    held = tree(side.shop.folder / PET)
+    assert {path for path in held if path.endswith(".json")} == {
+        f"sub-{s}/pet/sub-{s}_task-checkerboard_trc-18FFDG_rec-acdyn_run-001_pet.json" for s in ("02", "05", "06")
+    }
+    assert all(body == sidecar(77) for path, body in held.items() if path.endswith(".json"))
+    assert not any(path.endswith(".part") for path in held)
+    side.shop.requests.clear()
+    fine(side.run())
+    assert not side.shop.requests
+
+
+def test_a_sidecar_in_neither_place(side):
+    del side.shop.files[side.beside]
+    side.refused(re.escape(side.top), re.escape(f"expected the sidecar {side.item.path}, found the answer 404"))
+    assert side.asked() == [(side.beside, None), (side.top, None)]
+    side.path.write_bytes(sidecar(5))  # one from elsewhere will do
+    fine(side.run())
+    assert side.path.read_bytes() == sidecar(5)
+
+
+@pytest.mark.parametrize("status", [403, 410])
+def test_only_404_leads_to_the_top(side, status):
+    side.shop.files[side.top] = sidecar(77)
+    side.shop.tricks[side.beside] = [answer(status)]
+    side.refused(re.escape(side.beside), f"the answer {status}")
+    assert side.asked() == [(side.beside, None)]
+
+
+@pytest.mark.parametrize("at_the_top", [False, True], ids=["beside", "top"])
+@pytest.mark.parametrize("trick", [answer(503), drop, stall], ids=["503", "drop", "time-out"])
+def test_a_sidecar_is_tried_again(side, trick, at_the_top):
+    if at_the_top:
+        side.move_to_the_top()
+    side.shop.script.TIMEOUT = (5, 0.5 if trick is stall else 5)
+    address = side.top if at_the_top else side.beside
+    side.shop.tricks[address] = [trick]
+    fine(side.run())
+    assert [path for path, _ in side.asked()] == [side.beside] * at_the_top + [address] * 2
+    assert (side.asked()[-1][1] is None) == (trick not in (drop, stall))
+    assert side.path.read_bytes() == side.body
+
+
+@pytest.mark.parametrize("at_the_top", [False, True], ids=["beside", "top"])
+def test_a_sidecar_is_resumed_in_a_later_run(side, at_the_top):
+    if at_the_top:
+        side.move_to_the_top()
+    address, part = (side.top, side.top_part) if at_the_top else (side.beside, side.part)
+    side.shop.tricks[address] = [drop] * 3
+    refused(side.run(), re.escape(address), "3 failed attempts", "same command again")
+    kept = part.read_bytes()
+    assert 0 < len(kept) < len(side.body) and side.body.startswith(kept) and not side.path.exists()
+    fine(side.run())
+    assert side.asked()[-1] == (address, f"bytes={len(kept)}-")
+    assert side.path.read_bytes() == side.body and not part.exists()
+
+
+def test_nothing_is_put_together_from_the_two_places(side):
+    """A start of the one and the end of the other would be JSON that no check tells from a right one."""
+    other = sidecar(77)
+    assert len(other) > 700 and other[:700] + side.body[700:] != side.body
+    side.shop.files[side.top] = side.shop.files.pop(side.beside)
+    side.part.write_bytes(other[:700])
+    fine(side.run())
+    assert side.asked() == [(side.beside, "bytes=700-"), (side.top, None)]
+    assert side.path.read_bytes() == side.body and not side.part.exists() and not side.top_part.exists()
+
+
+def test_a_complete_part_of_a_sidecar_is_only_renamed(side):
+    side.part.write_bytes(side.body)
+    fine(side.run())
+    assert not side.asked() and side.path.read_bytes() == side.body and not side.part.exists()
+
+
+def without(key):
+    return json.dumps({k: v for k, v in json.loads(sidecar(1)).items() if k != key}).encode()
+
+
+def with_(**more):
+    return json.dumps(json.loads(sidecar(1)) | more).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"<!DOCTYPE html><html>sorry</html>", "a JSON object, found one that starts with b'<!DOCTYPE html>'"),
+        (b"[60, 60]", r"a JSON object, found one that starts with b'\[60, 60\]'"),
+        (sidecar(1)[:-300], r"expected whole JSON, found something else \(.*line \d+ column \d+"),
+        (sidecar(1) + b"}", "expected whole JSON, found something else"),
+        (sidecar(1).replace(b"Bq/ml", b"\xb5Ci"), "expected whole JSON, found something else .*utf-8"),
+        (b'{"a":' + b"[" * 10**5, "expected whole JSON, found something else"),
+        (b"{}", "expected FrameTimesStart with a number of seconds for every frame, found no such entry"),
+        (without("FrameTimesStart"), "expected FrameTimesStart .*, found no such entry"),
+        (without("FrameDuration"), "expected FrameDuration .*, found no such entry"),
+        (with_(FrameDuration=60), "expected FrameDuration .*, found 60;"),
+        (with_(FrameDuration=None), "expected FrameDuration .*, found None;"),
+        (with_(FrameTimesStart=[], FrameDuration=[]), r"expected FrameTimesStart .*, found \[\]"),
+        (with_(FrameDuration=["60\n"] * 90), r"expected FrameDuration .*, found \['60"),
+        (with_(FrameDuration=[60] * 89), "of one length, found 90 and 89 numbers"),
+        (b'{"a": "' + b"x" * 10**6 + b'"}', "expected at most 1,000,000 bytes, found more"),
+    ],
+    ids="html array truncated more latin deep empty no-starts no-durations number null lists text lengths large".split(),
+)
+@pytest.mark.parametrize("at_the_top", [False, True], ids=["beside", "top"])
+def test_a_sidecar_that_will_not_do(side, body, sentence, at_the_top):
+    address = side.top if at_the_top else side.beside
+    del side.shop.files[side.beside]
+    for trick in (whole, without_length):
+        side.shop.files[address] = body
+        side.shop.tricks[address] = [trick]
+        side.refused(re.escape(address) + ": expected", sentence, "; ")
+        assert len([path for path, _ in side.asked() if path == address]) == 1
+        side.shop.requests.clear()
+    side.shop.files[address] = side.body
+    fine(side.run())
+    assert side.path.read_bytes() == side.body
+
+
+@pytest.mark.parametrize(
+    ("trick", "sentence"),
+    [
+        (answer(200), "expected a file with a JSON object, found an HTML page"),
+        (half_without_length, "expected whole JSON, found something else .*what arrived was deleted"),
+    ],
+    ids=["html", "truncated"],
+)
+def test_an_answer_that_is_not_the_sidecar(side, trick, sentence):
+    side.shop.tricks[side.beside] = [trick]
+    side.refused(re.escape(side.beside), sentence)
+    fine(side.run())
+
+
+def test_a_wrong_sidecar_on_the_disk_is_refused_and_force_replaces_it(side):
+    fine(side.run())
+    side.path.write_bytes(without("FrameDuration"))
+    side.shop.requests.clear()
+    refused(side.run(), re.escape(str(side.path)), "expected FrameDuration .*, found no such entry; .*--force")
+    assert not side.shop.requests
+    fine(side.run("--force"))
+    assert side.shop.requests == [(side.beside, None)] and side.path.read_bytes() == side.body
+
+
+@pytest.mark.parametrize("at_the_top", [False, True], ids=["beside", "top"])
+def test_what_was_fetched_is_what_the_reader_needs(shop, tmp_path, at_the_top):
+    """A made-up data set, served, fetched with --dynamic and read: the means of its frames come out."""
+    case = test_frames.Case(tmp_path / "origin", test_frames.poisson_frames())
+    kinds = {"T1w.nii.gz": case.mr.read_bytes(), "acdyn_run-001_pet.nii.gz": case.pet.read_bytes()}
+    paths = [item.path for item in REAL.SOURCES[PET].items]
+    shop.stock(PET, lambda n: next((kinds[end] for end in kinds if paths[n].endswith(end)), nifti(n)))
+    for item in shop.script.SOURCES[PET].items:
+        if item.inherited:
+            del shop.files[shop.address(item)]
+            shop.files[shop.address_of(item.inherited if at_the_top else item.url)] = case.sidecar.read_bytes()
+    fine(shop.run(PET, "--dynamic"))
+    for subject in ("02", "05", "06"):
+        pet, mr = (
+            shop.folder / PET / f"{name}.nii.gz".replace("sub-02", f"sub-{subject}")
+            for name in (test_frames.PET_NAME, test_frames.MR_NAME)
+        )
+        scan = mf.short_frame_scan(pet, mr, frames=range(4, 12), low=2)
+        np.testing.assert_allclose(scan.spet, case.mean(*range(4, 12)), rtol=1e-6)
+        np.testing.assert_allclose(scan.lpet, case.mean(7, 8), rtol=1e-6)
+        np.testing.assert_array_equal(scan.mr, case.scan().mr)
+        assert (scan.unit, scan.dose_reduction) == ("Bq/ml", 4)
+
+
 # ---- the disk ------------------------------------------------------------------------------------------------------
 
 
@@ -649,6 +893,9 @@ def test_tables():
         assert item.url.startswith("https://")
         if item.unpacked:
             assert item.size is None and item.digest is None
+        elif item.inherited:
+            assert item.size is None and item.digest is None and item.dynamic
+            assert item.url.endswith(item.path) and item.inherited.startswith(item.url.removesuffix(item.path))
         else:
             assert item.size > 0 and re.fullmatch("[0-9a-f]{32}|[0-9a-f]{64}", item.digest)
             assert item.url.endswith(item.path)
@@ -660,17 +907,22 @@ def test_openneuro_tables():
     pet, maps = (REAL.SOURCES[name].items for name in (PET, "openneuro-ds004513"))
     default, dynamic = [i for i in pet if not i.dynamic], [i for i in pet if i.dynamic]
     assert round(sum(i.size for i in default) / 1e6) == 46
-    assert round(sum(i.size for i in dynamic) / 1e9, 1) == 2.0
+    assert round(sum(i.size or 0 for i in dynamic) / 1e9, 1) == 2.0
+    assert {i.inherited for i in pet} == {
+        None,
+        "https://s3.amazonaws.com/openneuro.org/ds003382/task-checkerboard_trc-18FFDG_rec-acdyn_run-001_pet.json",
+    }
     for number in ("02", "05", "06"):
         assert [Path(i.path).name.split("_")[-1] for i in default if f"sub-{number}/" in i.path] == [
             "T1w.nii.gz",
             "pet.nii.gz",
         ]
-        assert sum(f"sub-{number}/" in i.path for i in dynamic) == 1
+        name = f"sub-{number}/pet/sub-{number}_task-checkerboard_trc-18FFDG_rec-acdyn_run-001_pet"
+        assert [i.path for i in dynamic if f"sub-{number}/" in i.path] == [f"{name}.json", f"{name}.nii.gz"]
     assert all(i.url.startswith("https://s3.amazonaws.com/openneuro.org/ds003382/sub-") for i in pet)
     subjects = {re.search("sub-s0(..)/", i.path)[1] for i in maps}
     assert len(subjects) == 5 and len(maps) == 10 and sum("CMRglc" in i.path for i in maps) == 5
-    assert all(len(i.digest) == 32 for i in pet) and all(len(i.digest) == 64 for i in maps)
+    assert all(len(i.digest) == 32 for i in pet if not i.inherited) and all(len(i.digest) == 64 for i in maps)
 
 
 def test_brainweb_table():
@@ -681,6 +933,17 @@ def test_brainweb_table():
     assert all(q["format_value"] == ["raw_short"] and q["zip_value"] == ["gnuzip"] for q in asked)
     assert all(q["download_for_real"] == ["[Start download!]"] for q in asked)
     assert {i.unpacked for i in items} == {113_746_192} == {362 * 434 * 362 * 2}
+
+
+def test_list_says_how_much():
+    lines = fine(command(REAL, "--list")).stdout.splitlines()
+    told = {line.split(":")[0]: line.rsplit("; ")[-1] for line in lines if not line.startswith(" ")}
+    assert told == {
+        "brainweb": "20 files, sizes not published.",
+        PET: "6 files, 46 MB.",
+        "openneuro-ds004513": "10 files, 14 MB.",
+        f"{PET} --dynamic": "12 files, 2,067 MB.",
+    }
 
 
 def test_terms():
