@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Annotated
 
@@ -315,9 +315,12 @@ def train(
     chosen = load_profile(profile, **_pairs(settings, "train"))
     start = None if weights is None else load_model(weights, "cpu")
     _ready_for_folder(out)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that `accelerate launch` starts, one speaks
     bar = None
     try:
         for state in train_stage1(chosen, out, resume, device, start=start):
+            if not first:
+                continue
             bar = bar or tqdm(total=state.steps, initial=state.step - 1, desc="stage 1", unit="step", mininterval=1)
             bar.update()
             loss = " ".join(f"{key} {value:.3f}" for key, value in state.loss.items())
@@ -338,10 +341,11 @@ def train(
     finally:
         if bar is not None:
             bar.close()
-    print(
-        f"wrote {out / WEIGHTS} and its card {(out / WEIGHTS).with_suffix('.json').name}; "
-        f"use it with: restore --weights {out / WEIGHTS}"
-    )
+    if first:
+        print(
+            f"wrote {out / WEIGHTS} and its card {(out / WEIGHTS).with_suffix('.json').name}; "
+            f"use it with: restore --weights {out / WEIGHTS}"
+        )
 
 
 @_command
@@ -414,7 +418,10 @@ def adapt(
 
 @_command
 def info() -> None:
-    """Versions, device, the shipped weights' card, and the data found."""
+    """Check the environment; versions, device, the shipped weights' card, and the data found."""
+    problems = _missing_packages()
+    if problems:  # before anything is imported that needs them
+        _stop(f"environment: {'; '.join(problems)}", 2)
     import torch
 
     from . import __version__
@@ -431,6 +438,9 @@ def info() -> None:
     )
     print(f"anatomies: {', '.join(list_anatomies())}")
     cohorts = sorted(cache_folder().glob("cohort-*"))
+    nearest = next(folder for folder in (cache_folder(), *cache_folder().parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise OSError(f"{cache_folder()}: expected a cache that can be written; set MFDIFF_CACHE to such a folder")
     print(
         f"cache: {cache_folder()}, {len(cohorts)} cohorts (delete the folder to free the space; "
         "set MFDIFF_CACHE to move it)"
@@ -439,6 +449,28 @@ def info() -> None:
     card = {key: value for key, value in model.card.items() if key not in ("validation_psnr_db", "profile")}
     print(f"shipped weights: {json.dumps(card, indent=1)}")
     print(f"validation at the last step: {model.card['validation_psnr_db'][-1]}")
+    print("environment: complete, every package in the range of versions that is asked for")
+
+
+def _missing_packages() -> list[str]:
+    """Requirements that are not met, a sentence each."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(line) for line in requires("mfdiff_lite") or []]
+    except PackageNotFoundError:
+        return ["mfdiff_lite: expected an installed package, found only its folder; run: pip install -e ."]
+    problems = []
+    for one in wanted:
+        if one.marker and not one.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(one.name)
+        except PackageNotFoundError:
+            found = "none"
+        if found == "none" or not one.specifier.contains(found, prereleases=True):
+            problems.append(f"{one.name}: expected {one.specifier}, found {found}; run: pip install '{one}'")
+    return problems
 
 
 if __name__ == "__main__":

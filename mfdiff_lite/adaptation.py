@@ -102,7 +102,7 @@ def train_stage2(
         "target": [f"{scan.name}, total {scan.lpet.sum():.6g}" for scan in scans],
     }
     if held:
-        step, seconds, curve = load_checkpoint(out, made_with, models, optimizer)
+        step, seconds, curve = load_checkpoint(out, made_with, models, optimizer).values()
     card = _card(model, settings, scans, data.assumed)
 
     def ended() -> bool:
@@ -136,7 +136,8 @@ def train_stage2(
             seconds += time.monotonic() - began
             if out is not None and (step % settings.validate_every == 0 or ended() or interrupted.is_set()):
                 out.mkdir(parents=True, exist_ok=True)
-                save_checkpoint(out, made_with, models, optimizer, step, seconds, curve)
+                progress = {"step": step, "seconds": seconds, "curve": curve}
+                save_checkpoint(out, made_with, models, optimizer, progress)
             if interrupted.is_set():
                 raise KeyboardInterrupt
             yield state()

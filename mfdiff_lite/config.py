@@ -35,6 +35,7 @@ class Profile:
     # stage 1
     steps: int = 6500
     batch: int = 8
+    accumulate: int = 1  # parts of a batch, worked on one after the other: less memory, the same result
     crop: int = 96  # pixels
     learning_rate: float = 8e-4
     warmup: int = 200
@@ -53,6 +54,7 @@ class Profile:
             "doses",
             "steps",
             "batch",
+            "accumulate",
             "validate_every",
             "checkpoint_every",
         ):

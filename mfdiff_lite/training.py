@@ -3,11 +3,13 @@ caller logs, plots and stops.
 
 Exact resume: batch, times and noise of a step depend on (seed, step) alone, so a checkpoint needs only weights,
 average, optimizer and step. Several devices: `accelerate launch -m mfdiff_lite train …`; each process takes its share
-of the same global batch, only the first one writes.
+of the same global batch, in `accumulate` parts one after the other if it does not fit; only the first one makes the
+cohort and writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -17,7 +19,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,15 @@ def train_stage1(
     held = refuse_or_resume(out, resume)
     chosen = pick_device(device)
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="bf16" if chosen.type == "cuda" else "no")
-    if profile.batch % accelerator.num_processes:
-        found = f"{profile.batch} for {accelerator.num_processes} processes"
-        raise ValueError(f"batch: expected a multiple of the number of processes, found {found}; choose another batch")
-    data = SliceDataset(make_cohort(profile, "train", workers), profile)
-    validation = ValidationSet(profile, workers)
+    shares = accelerator.num_processes * profile.accumulate
+    if profile.batch % shares:
+        raise ValueError(
+            f"batch: expected a multiple of processes x accumulate, found {profile.batch} for "
+            f"{accelerator.num_processes} x {profile.accumulate}; choose another batch"
+        )
+    with accelerator.main_process_first():  # the others find it in the cache
+        data = SliceDataset(make_cohort(profile, "train", workers), profile)
+        validation = ValidationSet(profile, workers)
     fresh = MFdiff.from_profile(profile)
     if start is not None:
         if start.settings != fresh.settings:
@@ -85,42 +90,48 @@ def train_stage1(
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=profile.learning_rate, weight_decay=1e-4)
     step, seconds, curve, revision = 0, 0.0, [], code_revision()
+    running: dict[str, float] = {}
     models = {"model": model, "average": average}
     made_with = dataclasses.asdict(profile) | {"started_from": None if start is None else start.fingerprint}
     if held:
-        step, seconds, curve = load_checkpoint(out, made_with, models, optimizer)
+        step, seconds, curve, running = load_checkpoint(out, made_with, models, optimizer).values()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    running: dict[str, float] = {}
     last = None
 
     def save() -> None:
         nonlocal last
         if out is not None and accelerator.is_main_process and last != step:
             out.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(out, made_with, models, optimizer, step, seconds, curve)
+            progress = {"step": step, "seconds": seconds, "curve": curve, "running": running}
+            save_checkpoint(out, made_with, models, optimizer, progress)
             last = step
 
     with interrupt_after_step() as interrupted:
         while step < profile.steps:
             began = time.monotonic()
             batch, t, noise = _global_batch(data, profile, step, model.schedule.length)
-            share = slice(accelerator.process_index, None, accelerator.num_processes)
-            # The loss divides by the mean weight of its share; undone, so that the shares average to the whole batch.
-            part = float(batch["weight"][share].mean() / batch["weight"].mean())
-            batch = {k: v[share].to(accelerator.device) for k, v in batch.items()}
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(profile, step)
-            losses = wrapped(batch, t[share].to(accelerator.device), noise[share].to(accelerator.device))
-            losses = {key: part * value for key, value in losses.items()}
             optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(sum(losses.values()))
+            now: dict[str, Tensor] = {}
+            for first in range(accelerator.process_index, shares, accelerator.num_processes):
+                share = slice(first, None, shares)
+                # The loss divides by the mean weight of its share; undone, so that the shares average to the batch.
+                part = float(batch["weight"][share].mean() / batch["weight"].mean()) / profile.accumulate
+                some = {k: v[share].to(accelerator.device) for k, v in batch.items()}
+                last_one = first + accelerator.num_processes >= shares
+                with contextlib.nullcontext() if last_one else accelerator.no_sync(wrapped):
+                    losses = wrapped(some, t[share].to(accelerator.device), noise[share].to(accelerator.device))
+                    losses = {key: part * value for key, value in losses.items()}
+                    accelerator.backward(sum(losses.values()))
+                now = {key: now.get(key, 0) + value.detach() for key, value in losses.items()}
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
             update_average(average, model, min(profile.ema, step / (step + 10)))
-            for key, value in losses.items():
-                now = accelerator.reduce(value.detach(), "mean").item()  # of the whole batch, alike in all processes
-                running[key] = 0.98 * running.get(key, now) + 0.02 * now
+            for key, value in now.items():
+                loss = accelerator.reduce(value, "mean").item()  # of the whole batch, alike in all processes
+                running[key] = 0.98 * running.get(key, loss) + 0.02 * loss
             if not all(map(math.isfinite, running.values())):
                 raise FloatingPointError(
                     f"stage 1: the loss is no longer finite at step {step}; "
@@ -201,7 +212,7 @@ def update_average(average: MFdiff, model: MFdiff, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-@contextmanager
+@contextlib.contextmanager
 def interrupt_after_step() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event, so that a step is never cut in half (only the main thread can catch signals)."""
     event = threading.Event()
@@ -226,36 +237,30 @@ def refuse_or_resume(out: Path | None, resume: bool) -> bool:
 
 
 def save_checkpoint(
-    out: Path,
-    made_with: dict[str, Any],
-    models: dict[str, MFdiff],
-    optimizer: Any,
-    step: int,
-    seconds: float,
-    curve: list[dict[str, float]],
+    out: Path, made_with: dict[str, Any], models: dict[str, MFdiff], optimizer: Any, progress: dict[str, Any]
 ) -> None:
-    """Everything that a run needs to go on exactly, in one file. made_with: what decides it, as JSON can hold it."""
+    """Everything that a run needs to go on exactly, in one file. made_with: what decides it; progress: where it is;
+    both as JSON can hold them."""
     tensors = {f"{name}.{k}": v for name, model in models.items() for k, v in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    note = {"profile": made_with, "step": step, "seconds": seconds, "curve": curve}
+    note = {"profile": made_with, "progress": progress}
     with whole_file(out / CHECKPOINT) as partial:
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"note": json.dumps(note)}
         )
 
 
-def load_checkpoint(
-    out: Path, made_with: dict[str, Any], models: dict[str, MFdiff], optimizer: Any
-) -> tuple[int, float, list[dict[str, float]]]:
-    """Put a checkpoint back into models and optimizer; returns its step, seconds and curve. Raises ValueError if it is
-    damaged or was made with something else."""
+def load_checkpoint(out: Path, made_with: dict[str, Any], models: dict[str, MFdiff], optimizer: Any) -> dict[str, Any]:
+    """Put a checkpoint back into models and optimizer; returns its progress. Raises ValueError if it is damaged or was
+    made with something else."""
     from safetensors import SafetensorError, safe_open
 
     path = out / CHECKPOINT
     try:
         with safe_open(path, "pt") as stored:
             note = json.loads(stored.metadata()["note"])
+            progress = note["progress"]
         tensors = load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -278,7 +283,7 @@ def load_checkpoint(
         held = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         model.load_state_dict(held)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return note["step"], note["seconds"], note["curve"]
+    return progress
 
 
 def _card(

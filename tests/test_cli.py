@@ -10,6 +10,8 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+import typer
 from nibabel.processing import resample_from_to
 from scipy import ndimage
 from skimage.metrics import structural_similarity
@@ -800,3 +802,40 @@ def test_adapt_wants_the_right_ending_and_the_lpets_grid(target, case, weights, 
     files = [f"--half-a={case / 'half_a.nii.gz'}", f"--half-b={case / 'half_b.nii.gz'}"]
     arguments = adapting(target, weights, tmp_path / "w.safetensors", "--objective", "split", *files, halves=False)
     refused(run(*arguments), "half_a.nii.gz: expected the grid of .*lpet.nii.gz")
+
+
+# --- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_finds_the_environment_complete(capsys):
+    cli.info()
+    out = capsys.readouterr().out
+    assert "environment: complete" in out and f"torch {torch.__version__}" in out and "shipped weights" in out
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [("1.20", "numpy: expected >=1.26, found 1.20; run: pip install 'numpy>=1.26'"), (None, "numpy: .* found none")],
+)
+def test_info_says_what_the_environment_lacks(found, sentence, monkeypatch, capsys):
+    def other(name):
+        if name != "numpy":
+            return "2.6"
+        if found is None:
+            raise cli.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(cli, "version", other)
+    monkeypatch.setattr(cli, "requires", lambda name: ["torch<2.14,>=2.6", "numpy>=1.26", 'ruff>=9; extra == "dev"'])
+    with pytest.raises(typer.Exit) as stopped:
+        cli.info()
+    errors = capsys.readouterr().err
+    assert stopped.value.exit_code == 2 and re.search(sentence, errors) and "ruff" not in errors
+
+
+def test_info_refuses_a_cache_that_cannot_be_written(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MFDIFF_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(typer.Exit) as stopped:
+        cli.info()
+    assert stopped.value.exit_code == 2 and "set MFDIFF_CACHE" in capsys.readouterr().err

@@ -68,7 +68,9 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(uncut, tmp_path):
             if state.step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
     assert states == [1, 2, 3] and (tmp_path / CHECKPOINT).exists()
-    assert [s.step for s in run(tmp_path, resume=True)] == [5, 6]  # step 4 was finished and saved before the interrupt
+    again = run(tmp_path, resume=True)
+    assert [s.step for s in again] == [5, 6]  # step 4 was finished and saved before the interrupt
+    assert [s.loss for s in again] == [s.loss for s in uncut[1][4:]]  # the running means go on as well
     assert all(torch.equal(a, b) for a, b in zip(weights(uncut[0]).values(), weights(tmp_path).values(), strict=True))
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -100,6 +102,20 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 def test_a_loss_that_explodes_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="learning_rate"):
         run(None, dataclasses.replace(TINY, learning_rate=float("inf"), warmup=1))
+
+
+def test_a_batch_in_parts_gives_the_weights_of_the_whole(uncut):
+    """Gradient accumulation: also where the parts weigh differently, as lesions do."""
+    profile = dataclasses.replace(TINY, batch=4, steps=3, validate_every=3, learning_rate=3e-3, warmup=1)
+    whole, parts = (run(None, dataclasses.replace(profile, accumulate=n))[-1] for n in (1, 4))
+    for key, value in whole.loss.items():
+        assert parts.loss[key] == pytest.approx(value, rel=1e-5), key
+    before = MFdiff.from_profile(profile).state_dict()
+    for key, value in whole.model.state_dict().items():
+        moved = (value - before[key]).abs().max()
+        assert (parts.model.state_dict()[key] - value).abs().max() <= 1e-2 * moved + 1e-7, key
+    with pytest.raises(ValueError, match="multiple of processes x accumulate, found 4 for 1 x 3"):
+        run(None, dataclasses.replace(profile, accumulate=3))
 
 
 def test_the_average_is_an_exponential_one():
