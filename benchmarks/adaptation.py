@@ -1,7 +1,7 @@
 """Stage 2 on OOD emulations: what adapting to one scan without a standard-dose image gains, and what it costs.
 
-    make adaptation                                         # every shift of SHIFTS, some 6 minutes each on 2 cores
-    python benchmarks/adaptation.py wide-psf amyloid        # these only; results of others stay
+    make adaptation                                         # what is not measured yet, 6 minutes a shift on 2 cores
+    python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay
     python benchmarks/adaptation.py --validation            # for choosing settings; nothing is written
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
@@ -155,20 +155,23 @@ def readme_block(shifts: dict[str, dict]) -> str:
 
 
 def main(
-    shifts: Annotated[list[str] | None, typer.Argument(help="names, '+' joins two; default: all")] = None,
-    slices: Annotated[int, typer.Option(help="axial slices of each target")] = 20,
-    steps: Annotated[int, typer.Option(help="at most")] = Adaptation.steps,
+    shifts: Annotated[
+        list[str] | None, typer.Argument(help="names, '+' joins two; default: all that these weights have no result of")
+    ] = None,
+    slices: Annotated[int, typer.Option(help="axial slices of each target")] = 15,
+    steps: Annotated[int, typer.Option(help="of stage 2, at most")] = 100,
     validation: Annotated[bool, typer.Option("--validation", help="on the validation anatomy, write nothing")] = False,
     learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
 ) -> None:
     """Adapt to each shift and compare with stage 1 and the oracle."""
     anatomies = VALIDATION_ANATOMIES if validation else TEST_ANATOMIES
     parent, settings = load_pretrained("cpu"), Adaptation(steps=steps, learning_rate=learning_rate)
-    path, chosen = RESULTS / "adaptation.json", shifts or [*SHIFTS, *PAIRS]
-    found = json.loads(path.read_text()) if path.exists() and not validation else {"shifts": {}}
-    if found.get("parent", parent.fingerprint) != parent.fingerprint:
-        found = {"shifts": {}}  # measured with other weights
-    found |= {"parent": parent.fingerprint, "setting": {"dose_reduction": DOSE, "slices": slices, "samples": K}}
+    path = RESULTS / "adaptation.json"
+    setting = {"dose_reduction": DOSE, "slices": slices, "samples": K, "steps": steps, "parent": parent.fingerprint}
+    found = json.loads(path.read_text()) if path.exists() and not validation else {}
+    if found.get("setting") != setting:  # measured in another way, or with other weights
+        found = {"setting": setting, "shifts": {}}
+    chosen = shifts or [shift for shift in (*SHIFTS, *PAIRS) if shift not in found["shifts"]]
     for shift in tqdm(chosen, desc="shifts", unit="shift"):
         one = found["shifts"][shift] = measure(parent, shift, settings, slices, anatomies)
         line = {name: float(round(row["psnr"], 2)) for name, row in one["target"].items()}
@@ -178,11 +181,12 @@ def main(
             write_json("adaptation.json", found)
     if validation:
         return
+    first = next(iter(found["shifts"]))
     if "from_scratch" not in found:
-        found["from_scratch"] = {"shift": chosen[0], **from_scratch(parent, chosen[0], settings, slices, anatomies)}
+        found["from_scratch"] = {"shift": first, **from_scratch(parent, first, settings, slices, anatomies)}
         write_json("adaptation.json", found)
     if "minutes_64_slices" not in found:
-        whole = target(chosen[0], 940_000, 64, anatomies)
+        whole = target(first, 940_000, 64, anatomies)
         _, state, _ = adapted(parent, whole, "split", settings)
         found["minutes_64_slices"] = state.seconds / 60
         write_json("adaptation.json", found)

@@ -1,6 +1,6 @@
 """Run notebooks without a browser: the one harness behind `make demo`, `make notebooks` and the tests.
 
-    python notebooks/run.py                                     all of them, profile smoke
+    python notebooks/run.py                                     all of them, profile smoke, as many at a time as cores
     python notebooks/run.py --profile cpu 01_data               one of them, at full size
     python notebooks/run.py -p seed=3 --out runs/try 00_quickstart
 
@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
@@ -177,6 +179,30 @@ def _parse(assignments: list[str]) -> dict:
     return parsed
 
 
+def _attempt(path: Path, out: Path, profile: str, parameters: dict, cell_seconds: float | None, alone: bool) -> tuple:
+    """Run one notebook: seconds, page or None, complaint, detail. Beside others it gets one thread."""
+    if not alone:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    begin = time.monotonic()
+    try:
+        executed = run_notebook(path, out, profile, parameters, cell_seconds, alone and sys.stderr.isatty())
+    except NotebookError as error:
+        return time.monotonic() - begin, None, str(error), error.detail
+    return time.monotonic() - begin, executed.with_suffix(".html"), "", ""
+
+
+def _attempts(notebooks: list[Path], jobs: int, *settings) -> Iterator[tuple[Path, tuple]]:
+    """Each notebook with the result of its attempt, in the order in which they end."""
+    if jobs == 1:
+        for path in notebooks:
+            yield path, _attempt(path, *settings, True)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(_attempt, path, *settings, False): path for path in notebooks}
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -187,6 +213,7 @@ def main(
     out: Path = typer.Option(Path("runs/notebooks"), help="Folder for executed copies, HTML and results."),
     parameter: list[str] | None = typer.Option(None, "--parameter", "-p", help="Another parameter, as name=value."),
     cell_seconds: float | None = typer.Option(None, help="Time limit of one cell; default depends on the profile."),
+    jobs: int | None = typer.Option(None, min=1, help="Notebooks at a time; default: one a core, with gpu one."),
 ) -> None:
     """Run notebooks headlessly; write executed copies and HTML."""
     if profile not in CELL_SECONDS:
@@ -194,26 +221,26 @@ def main(
     parameters = _parse(parameter or [])
     try:
         notebooks = find_notebooks(names)
-    except FileNotFoundError as error:
+        for path in notebooks:
+            _parameters(path, {}, parameters)
+    except (FileNotFoundError, ParameterError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
 
+    jobs = min(len(notebooks), jobs or (1 if profile == "gpu" else os.cpu_count() or 1))
+    what = notebooks[0].stem if len(notebooks) == 1 else f"{len(notebooks)} notebooks, {jobs} at a time"
+    typer.echo(f"running {what}, profile {profile}")
     failed = 0
-    for number, path in enumerate(notebooks, start=1):
-        typer.echo(f"[{number}/{len(notebooks)}] {path.name}, profile {profile}")
-        begin = time.monotonic()
-        try:
-            executed = run_notebook(path, out, profile, parameters, cell_seconds, progress=sys.stderr.isatty())
-        except ParameterError as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(2) from None
-        except NotebookError as error:
+    for number, (path, (seconds, page, complaint, detail)) in enumerate(
+        _attempts(notebooks, jobs, out, profile, parameters, cell_seconds), start=1
+    ):
+        if page is None:
             failed += 1
-            typer.echo(f"FAILED {error}", err=True)
-            if error.detail:
-                typer.echo(error.detail, err=True)
+            typer.echo(f"FAILED {complaint}", err=True)
+            if detail:
+                typer.echo(detail, err=True)
         else:
-            typer.echo(f"    {time.monotonic() - begin:.0f} s, {executed.with_suffix('.html')}")
+            typer.echo(f"[{number}/{len(notebooks)}] {path.stem}: {seconds:.0f} s, {page}")
     if failed:
         typer.echo(f"{failed} of {len(notebooks)} notebooks failed", err=True)
         raise typer.Exit(1)
