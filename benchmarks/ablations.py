@@ -29,13 +29,11 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from mfdiff_lite import fusion, metrics
-from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.baselines import gaussian
 from mfdiff_lite.config import TEST_ANATOMIES, Profile, load_profile
-from mfdiff_lite.evaluation import evaluate, score
+from mfdiff_lite.evaluation import another_mr, evaluate, score
 from mfdiff_lite.fusion import GatedFusion, local_correlation
 from mfdiff_lite.model import FIDELITY_SD, MFdiff, load_model, load_pretrained
-from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.training import WEIGHTS, train_stage1
 from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json, write_readme
@@ -253,7 +251,7 @@ def main(
     start = load_pretrained("cpu") if continued else None
     cases = scans(TEST_ANATOMIES, patients, SLICES[False] if profile == "cpu" else 6, None, first=900_000)
     for scan in cases:
-        scan.other_mr = virtual_patient(load_anatomy("icbm152"), 1, slices=scan.lpet.shape[2]).mr
+        scan.other_mr = another_mr(scan)
     setting = {"patients": patients, "dose_reduction": DOSE, "samples": K, "steps": steps}
     setting |= {"from": start.fingerprint} if continued else {}
     path = RESULTS / "ablations.json"

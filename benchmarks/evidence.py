@@ -19,13 +19,11 @@ from scipy.stats import wilcoxon
 from tqdm import tqdm
 
 from mfdiff_lite import metrics
-from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.baselines import gaussian, kernel_em, mr_guided, non_local_means, tune
 from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES
 from mfdiff_lite.evaluation import audit_mr, evaluate, mr_conditions, summarise
 from mfdiff_lite.explorer import panel
 from mfdiff_lite.model import MFdiff, Restoration, load_pretrained
-from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Scan
 from results import DOSE, RESULTS, SLICES, Targets, as_table, paired, scans, write_json
 
@@ -82,22 +80,20 @@ def single_against_mean(model: MFdiff, scan: Scan, slices: int, k: int = 64) -> 
 
 
 def audit(model: MFdiff, cases: list[Scan]) -> list[dict[str, dict[str, float]]]:
-    """`audit_mr` of each patient; the other patient is the population average's, at the same size of slab."""
+    """`audit_mr` of each patient."""
     found = []
     for scan in tqdm(cases, desc="MR audit", unit="patient"):
-        other = virtual_patient(load_anatomy("icbm152"), 1, slices=scan.lpet.shape[2]).mr
 
         def restore(lpet, mr, scan=scan):
             return model.restore(Scan(lpet, mr, affine=scan.affine, dose_reduction=DOSE), 2).mean
 
-        found.append(audit_mr(restore, scan, other).rows)
+        found.append(audit_mr(restore, scan).rows)
     return found
 
 
 def audit_picture(model: MFdiff, scan: Scan) -> None:
     """What each MR of the audit does to one slice: the MR, and what it changes against no MR."""
-    other = virtual_patient(load_anatomy("icbm152"), 1, slices=scan.lpet.shape[2]).mr
-    conditions = mr_conditions(scan, other)
+    conditions = mr_conditions(scan)
     z = int(np.argmax([np.isin(scan.lesions[..., k], _labels(scan, "mr-only")).sum() for k in range(scan.mr.shape[2])]))
     cut = (..., slice(max(z - 2, 0), z + 3))
     images = {}

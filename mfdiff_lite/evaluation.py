@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
+from nibabel.processing import resample_from_to
 from scipy import ndimage
 
 from . import metrics
+from .anatomy import load_anatomy
 from .baselines import gaussian
+from .phantom import virtual_patient
 from .scan import ActivityScale, Scan
 
 COLUMNS = {
@@ -142,13 +146,14 @@ def evaluate(methods: dict[str, Callable[[Scan], np.ndarray]], scans: Iterable[S
 def audit_mr(
     method: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
     scan: Scan,
-    other_mr: np.ndarray,
+    other_mr: np.ndarray | None = None,
     against: str = "spet",
 ) -> Table:
     """What a method makes of an MR that is right, misregistered, another patient's, or missing: one row each.
 
     method: any callable (lpet, mr) -> pet on the scan's grid; for "no MR" it gets `mr=None`. other_mr: (X, Y, Z), the
-    MR of another head. A method that degrades safely falls back to its own "no MR" row, however wrong the MR.
+    MR of another head, default `another_mr`. A method that degrades safely falls back to its own "no MR" row, however
+    wrong the MR.
     """
     reference = scan.spet if against == "spet" else scan.activity
     title = f"{scan.name}, DRF {scan.dose_reduction:g}, against {'SPET' if against == 'spet' else 'truth'}"
@@ -159,8 +164,16 @@ def audit_mr(
     return Table(title, rows)
 
 
-def mr_conditions(scan: Scan, other_mr: np.ndarray) -> dict[str, np.ndarray | None]:
+def another_mr(scan: Scan, anatomy: str = "icbm152", seed: int = 1) -> np.ndarray:
+    """The MR of another virtual patient in the place of the scan's own, at the same height: (X, Y, Z)."""
+    other = virtual_patient(load_anatomy(anatomy), seed)
+    whole_head = nib.Nifti1Image(other.mr, other.affine)
+    return resample_from_to(whole_head, (scan.lpet.shape, scan.affine), order=1).get_fdata(dtype=np.float32)
+
+
+def mr_conditions(scan: Scan, other_mr: np.ndarray | None = None) -> dict[str, np.ndarray | None]:
     """The MRs of the audit by name. Shifts go along the first axis."""
+    other_mr = another_mr(scan) if other_mr is None else other_mr
     shifts = {
         f"MR shifted by {mm} mm": ndimage.shift(scan.mr, (mm / scan.voxel_size[0], 0, 0), order=1, mode="nearest")
         for mm in (2, 4)

@@ -9,11 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from mfdiff_lite import metrics
-from mfdiff_lite.evaluation import Table, audit_mr, brain_mask, compare, evaluate, summarise
+from mfdiff_lite.anatomy import load_anatomy
+from mfdiff_lite.config import load_profile
+from mfdiff_lite.evaluation import Table, another_mr, audit_mr, brain_mask, compare, evaluate, summarise
 from mfdiff_lite.model import MFdiff
+from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Lesion, Scan
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +116,16 @@ def test_the_audit_gives_each_mr_to_the_method_and_scores_what_it_makes():
     assert {row["nrmse"] for row in truth.rows.values()} == {0.0}
 
 
+def test_another_patients_mr_lies_at_the_height_of_the_scan():
+    """On a grid ten slices above the bottom of the other's: its slices from the tenth on."""
+    other = virtual_patient(load_anatomy("icbm152"), 1)
+    affine = other.affine.copy()
+    affine[2, 3] += 10 * affine[2, 2]
+    scan = Scan(np.ones((*other.mr.shape[:2], 3), np.float32), affine=affine)
+    found = another_mr(scan)
+    assert np.allclose(found, other.mr[..., 10:13], rtol=1e-4, atol=1e-3) and found.std() > 10
+
+
 # --- results/ and the README -----------------------------------------------------------------------------------------
 
 
@@ -183,3 +197,23 @@ def test_variants_share_budget_data_and_seed(ablations):
     profiles = [dataclasses.asdict(ablations.profile_of(name, 123)) for name in ablations.VARIANTS]
     for key in ("steps", "batch", "seed", "patients", "slab", "doses", "dose_range", "crop", "learning_rate", "ema"):
         assert len({profile[key] for profile in profiles}) == 1, key
+
+
+@pytest.mark.parametrize("part", ["no gate", "no similarity", "no coarse estimate"])
+def test_a_part_that_no_profile_switches_off_is_gone_within_and_back_after(ablations, part):
+    model = MFdiff.from_profile(load_profile("smoke"))
+    generator = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.1, generator=generator)
+    lpet, mr = torch.rand(2, 1, 3, 64, 64, generator=generator)
+    batch = {"lpet": lpet, "mr": mr, "dose": torch.tensor([20.0]), "spet": lpet[:, :1]}
+    batch["weight"] = torch.ones_like(batch["spet"])
+
+    def seen():
+        fused = model.fusion(lpet, mr, batch["dose"])
+        losses = model(batch, torch.tensor([5]), torch.ones_like(batch["spet"]))
+        return fused.gate.min() == 1, fused.similarity.abs().max() == 0, set(losses) == {"diffusion"}
+
+    with ablations.altered(part):
+        assert seen() == tuple(part == one for one in ("no gate", "no similarity", "no coarse estimate"))
+    assert seen() == (False, False, False)

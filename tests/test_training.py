@@ -104,16 +104,13 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path):
         run(None, dataclasses.replace(TINY, learning_rate=float("inf"), warmup=1))
 
 
-def test_a_batch_in_parts_gives_the_weights_of_the_whole(uncut):
-    """Gradient accumulation: also where the parts weigh differently, as lesions do."""
+def test_a_batch_in_parts_gives_the_losses_of_the_whole():
+    """Gradient accumulation: also where the parts weigh differently, as lesions do. Not the weights are compared: of a
+    gradient that is nothing but rounding AdamW makes a whole step."""
     profile = dataclasses.replace(TINY, batch=4, steps=3, validate_every=3, learning_rate=3e-3, warmup=1)
-    whole, parts = (run(None, dataclasses.replace(profile, accumulate=n))[-1] for n in (1, 4))
-    for key, value in whole.loss.items():
-        assert parts.loss[key] == pytest.approx(value, rel=1e-5), key
-    before = MFdiff.from_profile(profile).state_dict()
-    for key, value in whole.model.state_dict().items():
-        moved = (value - before[key]).abs().max()
-        assert (parts.model.state_dict()[key] - value).abs().max() <= 1e-2 * moved + 1e-7, key
+    whole, parts = (run(None, dataclasses.replace(profile, accumulate=n)) for n in (1, 4))
+    for one, other in zip(whole, parts, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-5), one.step
     with pytest.raises(ValueError, match="multiple of processes x accumulate, found 4 for 1 x 3"):
         run(None, dataclasses.replace(profile, accumulate=3))
 

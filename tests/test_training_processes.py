@@ -169,5 +169,5 @@ def test_the_loss_of_shares_is_that_of_the_batch():
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
     real = training.Accelerator
     monkeypatch.setattr(real, "num_processes", property(lambda self: 3))
-    with pytest.raises(ValueError, match="batch: expected a multiple .* found 4 for 3 processes"):
+    with pytest.raises(ValueError, match="batch: expected a multiple .* found 4 for 3 x 1; choose another batch"):
         next(training.train_stage1(load_profile("smoke", **SETTINGS), None, device="cpu", workers=1))
