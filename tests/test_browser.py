@@ -43,6 +43,13 @@ volumes = {name: np.random.default_rng(k).uniform(1, 10, (40, 40, 20)) for k, na
 view = explorer.explore(volumes)
 view
 """
+FULL_SIZE = """
+import sys
+sys.path.append({folder!r})
+from course import volumes
+from mfdiff_lite.explorer import explore
+explore(volumes(128))
+"""
 BREAK = "explorer.panes = lambda volumes, state: 1 / 0"
 FREEZE = """
 def frozen(volumes, state, live=explorer.panes, first=explorer.panes(view._case.volumes, view.state)["MR"]):
@@ -366,6 +373,29 @@ def contrast(locator):
     linear = [np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4) for v in values]
     low, high = sorted(float(v @ [0.2126, 0.7152, 0.0722]) for v in linear)
     return (high + 0.05) / (low + 0.05)
+
+
+def test_every_key_brings_a_picture_and_how_long_it_takes_is_written_down(open_notebook):
+    """Four volumes of 128^3. The milliseconds go to speed.json, for `make course-targets`; here only pictures count."""
+    notebook = open_notebook("speed.ipynb", FULL_SIZE.format(folder=str(ROOT / "benchmarks")))
+    notebook.run_all()
+    view = notebook.explorer()
+    view.press("ArrowRight")  # the first picture takes longer
+    handle = view.handle("axial slice")
+    spent = [
+        handle.evaluate("""(handle, key) => new Promise(done => {
+            const image = handle.closest('.jp-OutputArea-output').querySelector('img.mfdiff-slices');
+            const began = performance.now();
+            const shown = () => requestAnimationFrame(() => done(performance.now() - began));
+            image.addEventListener('load', shown, {once: true});
+            handle.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
+        })""", key)
+        for key in ["ArrowRight", "ArrowLeft"] * 15
+    ]  # fmt: skip
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    (SHOTS / "speed.json").write_text(json.dumps({"key_to_pixels_ms": float(np.median(spent)), "keys": len(spent)}))
+    assert len(spent) == 30 and min(spent) > 0
+    notebook.check_page()
 
 
 def test_the_checks_notice_what_is_broken(open_notebook):
