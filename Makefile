@@ -18,12 +18,13 @@ export PYTHONUNBUFFERED := 1
 
 # A stamp holds the folder it was made for: a checkout that was copied or moved with its .venv must be installed again,
 # or it would go on importing the library from the old folder.
-STAMP     := $(VENV)/.installed
-STAMP_DEV := $(VENV)/.installed-dev
-stale      = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
+STAMP      := $(VENV)/.installed
+STAMP_DEV  := $(VENV)/.installed-dev
+STAMP_BOOK := $(VENV)/.installed-book
+stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks course train results results-check evidence ablations adaptation anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence ablations adaptation anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -51,6 +52,11 @@ test: $(STAMP_DEV)  ## the whole test suite, all notebooks included
 notebooks: PROFILE ?= smoke
 notebooks: $(STAMP)  ## run every notebook, write executed copies and HTML (PROFILE=smoke|cpu|gpu)
 	$(PY) notebooks/run.py --profile $(PROFILE) --out runs/notebooks $(ARGS)
+
+book: PROFILE ?= cpu
+book: $(STAMP_BOOK)  ## run every notebook and make one web site with search of them (runs/book/html)
+	$(PY) notebooks/run.py --profile $(PROFILE) --out runs/book/executed $(ARGS)
+	$(PY) notebooks/book.py runs/book/executed --out runs/book/html
 
 course: $(STAMP)  ## make the assignments' student copies, solutions and grader (runs/course)
 	$(PY) notebooks/assignments/course.py build --out runs/course $(ARGS)
@@ -80,8 +86,8 @@ anatomies: $(STAMP_DEV)  ## rebuild the embedded anatomies and compare with the 
 lint: $(STAMP_DEV)  ## ruff
 	$(PY) -m ruff check . $(ARGS)
 
-clean:  ## remove caches, the demo and executed notebooks (keeps .venv and trained models)
-	rm -rf runs/demo runs/notebooks build dist *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove caches, the demo and executed notebooks, also as a site (keeps .venv and trained models)
+	rm -rf runs/demo runs/notebooks runs/book build dist *.egg-info .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
 # bin/pip is the last thing that venv writes, so a half-made .venv is completed on the next call.
@@ -102,9 +108,13 @@ $(STAMP): pyproject.toml $(if $(call stale,$(STAMP)),FORCE) | $(VENV)/bin/pip
 	$(call install,.)
 	@pwd -P > $@
 
-# [dev] holds everything that the plain install holds.
+# [book] and [dev] hold everything that the plain install holds, and [dev] holds [book].
+$(STAMP_BOOK): pyproject.toml $(if $(call stale,$(STAMP_BOOK)),FORCE) | $(VENV)/bin/pip
+	$(call install,.[book])
+	@pwd -P > $(STAMP); pwd -P > $@
+
 $(STAMP_DEV): pyproject.toml $(if $(call stale,$(STAMP_DEV)),FORCE) | $(VENV)/bin/pip
 	$(call install,.[dev])
-	@pwd -P > $(STAMP); pwd -P > $@
+	@pwd -P > $(STAMP); pwd -P > $(STAMP_BOOK); pwd -P > $@
 
 FORCE:
