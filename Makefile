@@ -24,11 +24,11 @@ STAMP_BOOK := $(VENV)/.installed-book
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence ablations adaptation anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence ablations adaptation course-targets anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo "Settings: PYTHON=python3.12 (who makes .venv), TORCH=cpu (smaller download on Linux), ARGS='...' (passed on)"
 
 demo: $(STAMP)  ## restore one simulated head (notebook 00); say where the result is
@@ -79,6 +79,9 @@ ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at o
 
 adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose image (an hour), and compare
 	$(PY) benchmarks/adaptation.py $(ARGS)
+
+course-targets: $(STAMP_DEV)  ## measure what explorer, notebooks and book cost (half an hour)
+	$(PY) benchmarks/course.py $(ARGS)
 
 anatomies: $(STAMP_DEV)  ## rebuild the embedded anatomies and compare with the stored files
 	$(PY) data/build_anatomies.py --check $(ARGS)

@@ -1,6 +1,6 @@
 """Cost of the course: the slice explorer, the notebooks, the book.
 
-    make course-targets              # 15 minutes on 2 idle cores, most of them for the book
+    make course-targets              # half an hour on 2 idle cores, most of it for the book
     python benchmarks/course.py --explorer    # the explorer alone; nothing is written
 
 The explorer turns four volumes of 128^3 with noise in them (the hardest to compress): kernel time of one tick of the

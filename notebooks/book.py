@@ -56,6 +56,8 @@ def setup(app):
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
 '''
 CSS = """
+.content { width: 58em }  /* a line of code has up to 120 characters */
+.cell_input pre { font-size: .82em }
 .formula { margin: 1em 0; overflow-x: auto }
 .cell_output table:not(.docutils) { display: block; overflow-x: auto; border-collapse: collapse; margin: 1em 0 }
 .cell_output :is(th, td) { padding: .25em .6em; text-align: left; vertical-align: top }
