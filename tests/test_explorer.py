@@ -525,3 +525,17 @@ def test_show_displays_a_picture_with_its_text_and_closes_it(monkeypatch):
     assert shown[0]["text/html"].startswith('<img alt="a line that rises from 1 to 2 &quot;kBq/mL&quot;" ')
     assert "data:image/png;base64," in shown[0]["text/html"] and shown[0]["text/plain"].startswith("a line")
     assert not plt.fignum_exists(fig.number)
+
+
+def test_show_cuts_nothing_off(monkeypatch):
+    """A square image takes room away from the labels at its side, which the layout notices only at a second drawing."""
+    shown = []
+    monkeypatch.setattr(explorer, "display", lambda data, raw: shown.append(data["text/html"]))
+    fig, ax = plt.subplots(figsize=(5, 3.9), layout="constrained")
+    ax.imshow(np.eye(3))
+    ax.set_yticks(range(3), ["a rather long name"] * 3)
+    ax.set_ylabel("a label at the edge")
+    explorer.show(fig, "a square with a diagonal of ones")
+    png = re.search('base64,([^"]+)', shown[0]).group(1)
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L"))
+    assert (picture[:, :2] == 255).all() and (picture[:, -2:] == 255).all()
