@@ -552,7 +552,7 @@ def _encoded(picture: np.ndarray, kind: str = "PNG") -> bytes:
 def _still(fig: Figure, alt: str) -> str:
     out = io.BytesIO()
     fig.draw_without_rendering()  # the layout settles: drawn once, a title can lie on those of the panels
-    fig.savefig(out, format="png", dpi=90, facecolor="white")
+    fig.savefig(out, format="png", dpi=90, facecolor="white", bbox_inches="tight")  # labels that it left no room too
     data = b64encode(out.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
 

@@ -527,15 +527,24 @@ def test_show_displays_a_picture_with_its_text_and_closes_it(monkeypatch):
     assert not plt.fignum_exists(fig.number)
 
 
-def test_show_cuts_nothing_off(monkeypatch):
-    """A square image takes room away from the labels at its side, which the layout notices only at a second drawing."""
+def test_show_cuts_nothing_off_and_covers_nothing(monkeypatch):
+    """Images keep their shape, so that a layout knows where they and their labels end only when they are drawn."""
     shown = []
     monkeypatch.setattr(explorer, "display", lambda data, raw: shown.append(data["text/html"]))
     fig, ax = plt.subplots(figsize=(5, 3.9), layout="constrained")
     ax.imshow(np.eye(3))
     ax.set_yticks(range(3), ["a rather long name"] * 3)
     ax.set_ylabel("a label at the edge")
+    fig.text(1.01, 0.5, "beyond the edge")
     explorer.show(fig, "a square with a diagonal of ones")
     png = re.search('base64,([^"]+)', shown[0]).group(1)
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L"))
-    assert (picture[:, :2] == 255).all() and (picture[:, -2:] == 255).all()
+    assert picture.shape[1] > 90 * 5 and all((edge == 255).all() for edge in (*picture[[0, -1]], *picture.T[[0, -1]]))
+
+    fig, axes = plt.subplots(1, 5, figsize=(13, 4.2), layout="constrained")
+    for ax in axes:
+        drawn = explorer.panel(ax, np.eye(128), "a title\nof two lines", None, (-1, 1))
+    fig.colorbar(drawn, ax=axes[:4], location="bottom", shrink=0.5)
+    above = fig.suptitle("the title of all")
+    explorer.show(fig, "five squares with a diagonal of ones each")
+    assert above.get_window_extent().y0 > axes[0].title.get_window_extent().y1
