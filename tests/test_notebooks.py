@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
@@ -36,7 +37,7 @@ def test_runs(path, tmp_path):
     cells = nbformat.read(executed, as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
-    assert any("image/png" in o.get("data", {}) for o in outputs), "no picture"
+    assert not picture_problems(outputs)
     metrics = tmp_path / path.stem / "metrics.json"
     assert metrics.is_file(), f"{path.name} wrote no metrics.json into its out_dir"
     found = json.loads(metrics.read_text(encoding="utf-8"))
@@ -44,6 +45,32 @@ def test_runs(path, tmp_path):
     outside = {n: (found.get(n), r) for n, r in expected.items() if not r[0] <= found.get(n, float("nan")) <= r[1]}
     assert not outside, f"{path.name}: name: (found, expected range) {outside}"
     assert executed.with_suffix(".html").stat().st_size > 0
+
+
+def picture_problems(outputs) -> list[str]:
+    """What keeps a blind student from the pictures among a notebook's outputs; empty when each has a text."""
+    data = [o.get("data", {}) for o in outputs]
+    pictures = _Pictures()
+    for one in data:
+        pictures.feed("".join(one.get("text/html", "")))
+    pictures.close()
+    problems = ["a figure was left open or displayed without a text: use show(fig, alt)"] * sum(
+        "image/png" in one for one in data
+    )
+    problems += [f"a picture has the text {alt!r}, too short" for alt in pictures.texts if len(alt.strip()) < 20]
+    return problems if pictures.texts else [*problems, "no picture with a text"]
+
+
+class _Pictures(HTMLParser):
+    """`texts`: the alt of every <img>, "" where there is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.texts.append(dict(attrs).get("alt") or "")
 
 
 @each_notebook
@@ -117,6 +144,22 @@ def fabricate(folder: Path, *sources: str, name: str = "05_made_up") -> Path:
     path = folder / f"{name}.ipynb"
     nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": spec}), path)
     return path
+
+
+@pytest.mark.parametrize(
+    ("outputs", "problem"),
+    [
+        ([{"data": {"text/html": '<img alt="A curve that falls from left to right" src="x">'}}], ""),
+        ([{"data": {"text/html": '<img alt="A curve that falls" src="x">'}}], "too short"),
+        ([{"data": {"text/html": '<p><img src="x"></p>'}}], "too short"),
+        ([{"data": {"text/html": '<img alt src="x">'}}], "too short"),
+        ([{"data": {"text/html": "<p>a table</p>", "text/plain": "a table"}}, {"text": "printed"}], "no picture"),
+        ([{"data": {"image/png": "iVBORw0=", "text/plain": "<Figure>"}}], "show(fig, alt)"),
+    ],
+)
+def test_picture_without_a_text_is_noticed(outputs, problem):
+    found = "; ".join(picture_problems(outputs))
+    assert problem in found if problem else not found
 
 
 @pytest.mark.notebook
