@@ -164,7 +164,7 @@ def main(
         list[str] | None, typer.Argument(help="names, '+' joins two; default: all that these weights have no result of")
     ] = None,
     slices: Annotated[int, typer.Option(help="axial slices of each target")] = 15,
-    steps: Annotated[int, typer.Option(help="of stage 2, at most")] = 100,
+    steps: Annotated[int, typer.Option(help="of stage 2, at most")] = Adaptation.steps,
     validation: Annotated[bool, typer.Option("--validation", help="on the validation anatomy, write nothing")] = False,
     learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
 ) -> None:

@@ -82,7 +82,7 @@ class Adaptation:
 
     objective: str = "split"
     seed: int = 0
-    steps: int = 300  # at most
+    steps: int = 100  # at most; most targets have what they get by 60
     batch: int = 8  # slices of the target
     rehearsal: float = 0.25  # slices of stage 1's simulated patients, as a share of `batch`; 0: none
     rehearsal_patients: int = 20
