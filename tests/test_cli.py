@@ -621,7 +621,7 @@ def test_help_names_every_option_with_its_meaning():
         "adapt": ["two count halves", "an SPET", "key=value", "half of the LPET's counts"],
         "evaluate": ["on the LPET's grid", "PSNR, SSIM, NRMSE", "brain mask"],
         "train": ["key=value", "smoke (seconds), cpu", "checkpoint"],
-        "info": ["Versions"],
+        "info": ["Check the environment", "weights"],
     }
     overview = run("--help").stdout
     for name, function in commands.items():
