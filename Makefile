@@ -80,7 +80,7 @@ evidence: $(STAMP_DEV)  ## measure the shipped weights against filters, wrong MR
 ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at one budget (hours), and compare
 	$(PY) benchmarks/ablations.py $(ARGS)
 
-adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose image (an hour), and compare
+adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose image (hours), and compare
 	$(PY) benchmarks/adaptation.py $(ARGS)
 
 course-targets: $(STAMP_DEV)  ## measure what explorer, notebooks and book cost (half an hour)

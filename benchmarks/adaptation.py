@@ -1,6 +1,6 @@
 """Stage 2 on OOD emulations: what adapting to one scan without a standard-dose image gains, and what it costs.
 
-    make adaptation                                         # what is not measured yet, 6 minutes a shift on 2 cores
+    make adaptation                                         # what is not measured yet, 6 to 12 minutes a shift
     python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay
     python benchmarks/adaptation.py --validation            # for choosing settings; nothing is written
 
