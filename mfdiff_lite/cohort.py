@@ -138,18 +138,15 @@ def _together(folder: Path, jobs: list) -> list[np.ndarray]:
     with contextlib.suppress(FileNotFoundError, EOFError, ValueError):  # not put together yet, or a damaged file
         return [np.load(path, mmap_mode="r") for path in paths]
     with contextlib.ExitStack() as stack:
-        partial = [stack.enter_context(whole_file(path)) for path in paths]
+        streams = [stack.enter_context(stack.enter_context(whole_file(path)).open("wb")) for path in paths]
         for index, job in enumerate(jobs):
-            stored = _read_patient(job)
-            patient = [stored[name] for name in ARRAYS]
-            if index == 0:
-                arrays = [
-                    np.lib.format.open_memmap(path, "w+", one.dtype, (len(jobs), *one.shape))
-                    for path, one in zip(partial, patient, strict=True)
-                ]
-            for array, one in zip(arrays, patient, strict=True):
-                array[index] = one
-        del arrays, array  # closed before they get their names
+            patient = _read_patient(job)
+            for name, stream in zip(ARRAYS, streams, strict=True):
+                one = np.ascontiguousarray(patient[name])
+                if index == 0:
+                    layout = {"descr": one.dtype.str, "fortran_order": False, "shape": (len(jobs), *one.shape)}
+                    np.lib.format.write_array_header_1_0(stream, layout)
+                stream.write(one.data)  # not through a mapped file: a full disk would end the process
     return [np.load(path, mmap_mode="r") for path in paths]
 
 

@@ -165,7 +165,8 @@ def audit_mr(
 
 
 def another_mr(scan: Scan, anatomy: str = "icbm152", seed: int = 1) -> np.ndarray:
-    """The MR of another virtual patient in the place of the scan's own, at the same height: (X, Y, Z)."""
+    """The MR of another virtual patient in the place of the scan's own, at the same height on the grid: (X, Y, Z).
+    Heads differ and are posed at random, so anatomical levels agree only roughly."""
     other = virtual_patient(load_anatomy(anatomy), seed)
     whole_head = nib.Nifti1Image(other.mr, other.affine)
     return resample_from_to(whole_head, (scan.lpet.shape, scan.affine), order=1).get_fdata(dtype=np.float32)

@@ -123,6 +123,22 @@ def test_images_stay_on_disk(tiny):
     assert again.lpet.shape[:3] == (2, 2, 3) and again.lpet.dtype == np.float16
 
 
+def test_a_full_disk_leaves_no_half_of_the_images(tiny, monkeypatch):
+    """While the images are put together: one sentence, nothing half-written, and the next call goes on."""
+    for path in tiny.folder.glob("*-2.npy"):
+        path.unlink()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        with pytest.raises(OSError, match="could not be written .No space left on device.; check space"):
+            make_cohort(TINY)
+    assert not [path.name for path in tiny.folder.iterdir() if path.suffix == ".npy"]
+    assert same(make_cohort(TINY), tiny)
+
+
 def test_more_patients_reuse_the_first_ones(tiny):
     before = [(tiny.folder / f"patient-0000{i}.npz").stat().st_mtime_ns for i in range(2)]
     more = make_cohort(dataclasses.replace(TINY, patients=3))
