@@ -55,6 +55,7 @@ CONTINUED_GOALS = {
     "pet_only_continued": (f"PSNR over the model that never sees an MR again; {FULL}", "dB", ">=", 0.4, 1.0),
     "other_mr_continued": (f"PSNR with another patient's MR below that model; {FULL}", "dB", "<=", 0.3, 0.1),
     "no_mr_continued": (f"PSNR without MR below that model; {FULL}", "dB", "<=", 0.3, 0.1),
+    "dose_conditioned": (f"PSNR lost to a model of one dose, worst of DRF 4, 20, 100; {FULL}", "dB", "<=", 0.4, 0.15),
 }
 RUNS = Path(__file__).parents[1] / "runs" / "ablations"
 PLAIN = {"fusion_widths": (40, 88, 160)}  # one encoder instead of two: wider, so that the parameters stay the same
@@ -79,7 +80,10 @@ CONTINUED: dict[str, dict] = {
     "no similarity": {},
     "no MR dropout or swap": {"no_mr": 0.0, "wrong_mr": 0.0},
     "no lesion weight": {"lesion_weight": 0.0},
+    "lesion weight times 4": {"lesion_weight": 32.0},
 }
+ALONE = {f"DRF {dose} alone": dose for dose in (4, 20, 100)}  # models of one dose
+CONTINUED |= {name: {"dose_range": (float(dose), float(dose)), "patients": 160} for name, dose in ALONE.items()}
 SCHEDULE = {"learning_rate": 4e-4, "warmup": 50}  # of CONTINUED
 
 
@@ -158,6 +162,15 @@ def judged(model: MFdiff, cases: list[Scan], blind: bool = False) -> dict:
     return table | {"curve": curve}
 
 
+def by_dose(models: dict[str, MFdiff], patients: int, dose: int) -> dict[str, list[float]]:
+    """PSNR against SPET of each model at this dose, patient by patient."""
+    cases = scans(TEST_ANATOMIES, patients, SLICES[False], None, first=900_000, dose_reduction=dose)
+    return {
+        name: [metrics.psnr(model.restore(scan, K, fidelity=0.0).mean, scan.spet, scan.mask) for scan in cases]
+        for name, model in models.items()
+    }
+
+
 def _smooth(image: np.ndarray) -> np.ndarray:
     return ndimage.gaussian_filter(image, FIDELITY_SD, mode="nearest")
 
@@ -187,8 +200,8 @@ def report(variants: dict[str, dict], targets: Targets) -> None:
         targets.add(name, *metrics.mean_ci(lost))
 
 
-def report_continued(variants: dict[str, dict], targets: Targets) -> None:
-    """What an MR is worth to the shipped weights, paired over patients."""
+def report_continued(variants: dict[str, dict], doses: dict[str, dict], targets: Targets) -> None:
+    """What an MR is worth to the shipped weights, and what serving every dose costs, paired over patients."""
     ours, blind = (variants[name]["patients"] for name in ("all parts", BLIND))
 
     def over(condition):
@@ -198,6 +211,8 @@ def report_continued(variants: dict[str, dict], targets: Targets) -> None:
     targets.add("pet_only_continued", *metrics.mean_ci(over("right MR")))
     targets.add("other_mr_continued", *metrics.mean_ci([-x for x in over("another patient's MR")]))
     targets.add("no_mr_continued", *metrics.mean_ci([-x for x in over("no MR")]))
+    lost = [np.subtract(one["alone"], one["all doses"]) for one in doses.values()]
+    targets.add("dose_conditioned", *metrics.mean_ci(max(lost, key=np.mean)))
 
 
 def picture(found: dict) -> None:
@@ -233,6 +248,15 @@ def readme_block(variants: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def doses_block(doses: dict[str, dict]) -> str:
+    """Mean PSNR of one model for all doses, and of a model for each."""
+    lines = ["", "| PSNR [dB] at | " + " | ".join(name.removesuffix(" alone") for name in doses) + " |"]
+    lines.append("|---" * (1 + len(doses)) + "|")
+    for title, key in (("one model for DRF 4 to 100", "all doses"), ("one model for each dose", "alone")):
+        lines.append(f"| {title} | " + " | ".join(f"{np.mean(one[key]):.2f}" for one in doses.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
     variants: Annotated[list[str] | None, typer.Argument(help="names; default: all of them")] = None,
     continued: Annotated[bool, typer.Option("--continued", help="take parts from the shipped weights")] = False,
@@ -257,29 +281,38 @@ def main(
     path = RESULTS / "ablations.json"
     found = json.loads(path.read_text()) if path.exists() and profile == "cpu" else {}
     if found.get(f"setting of {key}") != setting:
-        found |= {f"setting of {key}": setting, key: {}}
+        found |= {f"setting of {key}": setting, key: {}} | ({"doses": {}} if continued else {})
     found["gaussian"] = [
         {"fwhm": w, **point([(s, gaussian(s, w)) for s in cases])} for w in (3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
     ]
     for name in variants or known:
         with altered(name):
             model = trained(name, steps, profile, start)
+            if name in ALONE:
+                both = {"all doses": trained("all parts", steps, profile, start), "alone": model}
+                found["doses"][name] = by_dose(both, patients, ALONE[name])
+                write_json("ablations.json", found)
+                continue
             about = {"parameters": model.n_parameters, "minutes": model.card["training_minutes"]}
             found[key][name] = about | judged(model, cases, blind=name == BLIND)
         rows = {n: one["summary"]["spet"]["right MR"] for n, one in found[key].items()}
         print(as_table(f"{steps} steps, DRF {DOSE}, n = {patients}, against SPET", rows))
         if profile == "cpu":
             write_json("ablations.json", found)
-    needed = ("all parts", BLIND) if continued else HEADLINE
-    if profile != "cpu" or any(name not in found[key] for name in needed):
+    doses = found.get("doses", {})
+    needed = ("all parts", BLIND, *ALONE) if continued else HEADLINE
+    if profile != "cpu" or any(name not in found[key] | doses for name in needed):
         return
     targets = Targets("evidence", CONTINUED_GOALS if continued else GOALS, "make ablations")
-    (report_continued if continued else report)(found[key], targets)
+    if continued:
+        report_continued(found[key], doses, targets)
+        write_readme(readme_block(found[key]) + doses_block(doses), key)
+    else:
+        report(found[key], targets)
+        write_readme(readme_block(found[key]), "ablations")
+        picture(found)
     targets.show()
     targets.write()
-    write_readme(readme_block(found[key]), "continued" if continued else "ablations")
-    if not continued:
-        picture(found)
 
 
 if __name__ == "__main__":

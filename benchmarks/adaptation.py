@@ -2,11 +2,13 @@
 
     make adaptation                                         # what is not measured yet, 6 to 12 minutes a shift
     python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay
-    python benchmarks/adaptation.py --validation            # for choosing settings; nothing is written
+    python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
+    python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
-the oracle learns from SPETs of three other patients of the same shift. `in distribution` is a patient of the default
-scanner, restored with the weights that were adapted to the target. Writes results/adaptation.json and .png, and the
+the oracle learns from SPETs of three other patients of the same shift, and so do, for the shifts in `COHORT`, split and
+sure without these SPETs. `in distribution` is a patient of the default scanner, restored with the weights that were
+adapted to the target. Writes results/adaptation.json and .png, and the
 rows of group "adapt" in results/targets.json.
 """
 
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from mfdiff_lite import metrics
 from mfdiff_lite.adaptation import train_stage2
 from mfdiff_lite.anatomy import load_anatomy
-from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES, Adaptation, load_profile
+from mfdiff_lite.config import TEST_ANATOMIES, Adaptation, load_profile
 from mfdiff_lite.evaluation import score
 from mfdiff_lite.model import MFdiff, load_pretrained
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
@@ -33,6 +35,7 @@ from mfdiff_lite.scanner import Scanner
 from results import DOSE, LESIONS, RESULTS, Targets, write_json, write_readme
 
 PAIRS = ("wide-psf+few-counts", "amyloid+t2-mr")
+COHORT = ("edge-scanner", "amyloid")  # where split and sure also learn from other patients and not from the target
 K = 4  # samples of a restoration
 GOALS = {
     "oracle_gap": ("PSNR of the oracle over stage 1 on OOD emulations, mean over shifts", "dB", ">=", 0.7, None),
@@ -46,9 +49,9 @@ GOALS = {
 }
 
 
-def target(shift: str | None, seed: int, slices: int, anatomies: tuple[str, ...]) -> Scan:
+def target(shift: str | None, seed: int, slices: int, anatomy: str) -> Scan:
     """A scan with count halves; patients of different seeds differ."""
-    patient = virtual_patient(load_anatomy(anatomies[0]), seed, shift, slices, LESIONS)
+    patient = virtual_patient(load_anatomy(anatomy), seed, shift, slices, LESIONS)
     return Scanner.shifted(shift).scan(patient, DOSE, halves=True)
 
 
@@ -74,11 +77,16 @@ def adapted(parent: MFdiff, scans: Scan | list[Scan], objective: str, settings: 
     return last.model, last, truth
 
 
-def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomies: tuple[str, ...]) -> dict:
+def others_of(shift: str, slices: int, anatomy: str) -> list[Scan]:
+    """Three patients of the shift other than the target."""
+    return [target(shift, 930_000 + i, slices, anatomy) for i in range(3)]
+
+
+def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomy: str) -> dict:
     """One shift: every objective on the target, in distribution, and what the stop rule missed."""
-    scan = target(shift, 910_000, slices, anatomies)
-    known = target(None, 920_000, slices, anatomies)
-    others = [target(shift, 930_000 + i, slices, anatomies) for i in range(3)]
+    scan = target(shift, 910_000, slices, anatomy)
+    known = target(None, 920_000, slices, anatomy)
+    others = others_of(shift, slices, anatomy)
     split, state, truth = adapted(parent, scan, "split", settings, watch=scan)
     models = {"stage 1": parent, "split": split}
     models["sure"] = adapted(parent, scan, "sure", settings)[0]
@@ -96,9 +104,15 @@ def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anato
     }
 
 
-def from_scratch(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomies: tuple[str, ...]) -> dict:
+def from_others(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomy: str) -> dict:
+    """split and sure on other patients of the shift, judged on the target, which they have not seen."""
+    scan, others = target(shift, 910_000, slices, anatomy), others_of(shift, slices, anatomy)
+    return {objective: judged(adapted(parent, others, objective, settings)[0], scan) for objective in ("split", "sure")}
+
+
+def from_scratch(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomy: str) -> dict:
     """'split' on the target alone from random weights, all of them trained, without rehearsal."""
-    scan = target(shift, 910_000, slices, anatomies)
+    scan = target(shift, 910_000, slices, anatomy)
     blank = MFdiff.from_profile(load_profile("cpu", context=parent.fusion.context))
     alone = dataclasses.replace(settings, trained="all", rehearsal=0.0)
     model, state, _ = adapted(blank, scan, "split", alone)
@@ -159,39 +173,55 @@ def readme_block(shifts: dict[str, dict]) -> str:
     return "\n".join([*lines, "| **mean** | " + " | ".join(cells) + " |"]) + "\n"
 
 
+def cohort_block(found: dict) -> str:
+    """PSNR [dB] on the target: adapted to itself, and to other patients of its scanner."""
+    lines = ["", "| adapted to | " + " | ".join(f"{shift}: split | sure" for shift in found["cohort"]) + " |"]
+    lines.append("|---" * (1 + 2 * len(found["cohort"])) + "|")
+    for title, rows in (("the scan itself", "shifts"), ("three other patients, without their SPETs", "cohort")):
+        each = [found[rows][shift] for shift in found["cohort"]]
+        each = [one.get("target", one) for one in each]
+        cells = [f"{one[objective]['psnr']:.2f}" for one in each for objective in ("split", "sure")]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
     shifts: Annotated[
         list[str] | None, typer.Argument(help="names, '+' joins two; default: all that these weights have no result of")
     ] = None,
     slices: Annotated[int, typer.Option(help="axial slices of each target")] = 15,
     steps: Annotated[int, typer.Option(help="of stage 2, at most")] = Adaptation.steps,
-    validation: Annotated[bool, typer.Option("--validation", help="on the validation anatomy, write nothing")] = False,
+    anatomy: Annotated[str, typer.Option(help="another one than the test anatomy writes nothing")] = TEST_ANATOMIES[0],
     learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
 ) -> None:
     """Adapt to each shift and compare with stage 1 and the oracle."""
-    anatomies = VALIDATION_ANATOMIES if validation else TEST_ANATOMIES
+    elsewhere = anatomy != TEST_ANATOMIES[0]
     parent, settings = load_pretrained("cpu"), Adaptation(steps=steps, learning_rate=learning_rate)
     path = RESULTS / "adaptation.json"
     setting = {"dose_reduction": DOSE, "slices": slices, "samples": K, "steps": steps, "parent": parent.fingerprint}
-    found = json.loads(path.read_text()) if path.exists() and not validation else {}
+    found = json.loads(path.read_text()) if path.exists() and not elsewhere else {}
     if found.get("setting") != setting:  # measured in another way, or with other weights
         found = {"setting": setting, "shifts": {}}
     chosen = shifts or [shift for shift in (*SHIFTS, *PAIRS) if shift not in found["shifts"]]
     for shift in tqdm(chosen, desc="shifts", unit="shift"):
-        one = found["shifts"][shift] = measure(parent, shift, settings, slices, anatomies)
+        one = found["shifts"][shift] = measure(parent, shift, settings, slices, anatomy)
         line = {name: float(round(row["psnr"], 2)) for name, row in one["target"].items()}
         known = {name: float(round(row["psnr"], 2)) for name, row in one["in distribution"].items()}
         tqdm.write(f"{shift}: target {line}, in distribution {known}, best step {one['steps']}")
-        if not validation:
+        if not elsewhere:
             write_json("adaptation.json", found)
-    if validation:
+    if elsewhere:
         return
+    held = found.setdefault("cohort", {})
+    for shift in tqdm([shift for shift in COHORT if shift not in held], desc="other patients", unit="shift"):
+        held[shift] = from_others(parent, shift, settings, slices, anatomy)
+        write_json("adaptation.json", found)
     first = next(iter(found["shifts"]))
     if "from_scratch" not in found:
-        found["from_scratch"] = {"shift": first, **from_scratch(parent, first, settings, slices, anatomies)}
+        found["from_scratch"] = {"shift": first, **from_scratch(parent, first, settings, slices, anatomy)}
         write_json("adaptation.json", found)
     if "minutes_64_slices" not in found:
-        whole = target(first, 940_000, 64, anatomies)
+        whole = target(first, 940_000, 64, anatomy)
         _, state, _ = adapted(parent, whole, "split", settings)
         found["minutes_64_slices"] = state.seconds / 60
         write_json("adaptation.json", found)
@@ -200,7 +230,7 @@ def main(
     targets.show()
     targets.write()
     picture(found["shifts"])
-    write_readme(readme_block(found["shifts"]), "adaptation")
+    write_readme(readme_block(found["shifts"]) + cohort_block(found), "adaptation")
 
 
 if __name__ == "__main__":

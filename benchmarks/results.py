@@ -66,14 +66,16 @@ LESIONS = Randomisation(
 )  # what the issue of PET-only lesions is judged on
 
 
-def scans(anatomies: tuple[str, ...], count: int, slices: int, shift: str | None, first: int) -> list[Scan]:
+def scans(
+    anatomies: tuple[str, ...], count: int, slices: int, shift: str | None, first: int, dose_reduction: float = DOSE
+) -> list[Scan]:
     """Scans of new virtual patients, with a second SPET of each as `scan.second` for the ceiling."""
     scanner, made = Scanner.shifted(shift), []
     for index in tqdm(range(count), desc=f"{shift or 'default'} scans", unit="patient"):
         patient = virtual_patient(
             load_anatomy(anatomies[index % len(anatomies)]), first + index, slices=slices, randomisation=LESIONS
         )
-        scan = scanner.scan(patient, DOSE)
+        scan = scanner.scan(patient, dose_reduction)
         scan.second = scanner.reconstruct(scanner.acquire(patient.activity, patient.attenuation, patient.seed + 77_777))
         made.append(scan)
     return made

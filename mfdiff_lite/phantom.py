@@ -44,6 +44,7 @@ class Randomisation:
     white_activity: Range = (2.5, 8.0)  # kBq/mL
     grey_to_white: Range = (2.0, 5.5)
     regional_sd: Range = (0.04, 0.14)  # between named regions, half of it shared by both hemispheres
+    atrophy: float = 0.0  # width of grey and white matter lost wherever they border on CSF or on the outside
     field_sd: Range = (0.05, 0.12)  # low-frequency variation of grey and white uptake
     scalp_to_white: Range = (0.2, 1.0)
     lesions_per_100ml: Range = (0.3, 1.5)  # of each kind
@@ -73,6 +74,7 @@ SHIFTS: dict[str, dict[str, dict[str, Any]]] = {
     "wide-psf": {"patient": {}, "scanner": {"psf_fwhm": 7.5}},
     "few-counts": {"patient": {}, "scanner": {"trues_per_mm3": 50.0 / 3}},  # DRF 20 of it is 60 of the default
     "old-reconstruction": {"patient": {}, "scanner": {"iterations": 1, "post_filter": 6.0, "model_psf": False}},
+    "atrophy": {"patient": {"atrophy": 1.0}, "scanner": {}},  # wide ventricles and sulci, as in no head of training
     "scatter": {"patient": {}, "scanner": {"contamination": 0.65, "scatter_fwhm": 60.0}},
 }
 
@@ -120,6 +122,9 @@ def virtual_patient(
     ranges = replace(randomisation or Randomisation(), **shift_settings(shift)["patient"])
     rng = np.random.default_rng([seed, *anatomy.name.encode()])
     labels, points, affine = _posed_labels(anatomy, ranges, slices, rng)
+    if ranges.atrophy:
+        tissue = (labels > 0) & (labels != CSF)
+        labels = np.where(tissue & (ndimage.distance_transform_edt(tissue) <= ranges.atrophy), CSF, labels)
     fractions = {
         "grey": _to_voxels((labels > 0) & (labels < WHITE)),
         "white": _to_voxels(labels == WHITE),
@@ -319,7 +324,8 @@ def _add_lesions(mask, tissues, uptake, mr, levels, ranges, rng):
 def _mr_signal(anatomy, points, fractions, brain, ranges, rng) -> np.ndarray:
     """Noise-free MR signal: tissue signals with partial volume and some texture, or the anatomy's own T1 where it has
     one."""
-    if anatomy.t1 is not None and ranges.mr_contrast in ("any", "t1") and rng.random() < 0.5:
+    own = anatomy.t1 is not None and ranges.mr_contrast in ("any", "t1") and not ranges.atrophy
+    if own and rng.random() < 0.5:
         return _to_voxels(_nearest(anatomy.t1, points).astype(np.float32))
     draw = rng.random() if ranges.mr_contrast == "any" else {"t1": 0.0, "t2": 0.8}[ranges.mr_contrast]
     base = T1_SIGNAL if draw < 0.7 else T2_SIGNAL

@@ -409,6 +409,19 @@ def test_amyloid_shift_takes_up_more_in_white_matter(donor):
         assert 0.55 <= truth["grey"] / truth["white"] <= 0.8
 
 
+def test_atrophy_turns_the_rim_of_the_tissue_into_csf(donor):
+    # The same head: outside nothing moves; grey matter goes, CSF comes in its place.
+    plain, shrunk = (virtual_patient(donor, 1, shift, slices=8) for shift in (None, "atrophy"))
+    np.testing.assert_array_equal(plain.tissues > 0, shrunk.tissues > 0)
+    np.testing.assert_array_equal(plain.attenuation, shrunk.attenuation)
+    grey, csf = ([(patient.tissues == value).sum() for patient in (plain, shrunk)] for value in (1, 3))
+    assert 0.5 * grey[0] < grey[1] < 0.9 * grey[0]
+    assert csf[1] > 1.3 * csf[0]
+    # What lies deeper than a voxel and a half inside the tissue stays what it was.
+    deep = ndimage.distance_transform_edt((plain.tissues == 1) | (plain.tissues == 2)) >= 2
+    assert (plain.tissues == shrunk.tissues)[deep].mean() > 0.97
+
+
 def test_shifts_can_be_joined():
     joined = shift_settings("wide-psf+t2-mr+scatter")
     assert joined["patient"] == SHIFTS["t2-mr"]["patient"]
