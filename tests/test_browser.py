@@ -175,6 +175,12 @@ class Notebook:
                 assert cell["execution_count"], f"cell '{source.splitlines()[0]}' did not run"
         assert done, "run-all-cells returned false"
 
+    def theme(self, name):
+        """"Light" or "Dark"."""
+        change = "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})"
+        self.page.evaluate(change, f"JupyterLab {name}")
+        self.page.wait_for_selector("#jupyterlab-splash", state="detached")
+
     def kernel(self, code):
         """Run code in the notebook's kernel and return what it prints."""
         script = """async (code) => {
@@ -305,7 +311,10 @@ def open_notebook(browser, lab, request):
     yield opening
     SHOTS.mkdir(parents=True, exist_ok=True)
     for notebook in opened:
-        notebook.page.screenshot(path=SHOTS / f"{request.node.name}.png")
+        notebook.page.set_viewport_size({"width": 1280, "height": 3000})
+        for theme in ("Light", "Dark"):  # for people to look at
+            notebook.theme(theme)
+            notebook.page.screenshot(path=SHOTS / f"{request.node.name}-{theme.lower()}.png")
         with contextlib.suppress(Exception):  # the server ends what is left
             notebook.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
         notebook.page.close()
@@ -327,9 +336,7 @@ def test_quickstart(open_notebook):
 def test_tour_of_the_explorer(open_notebook):
     notebook = open_notebook("09_explorer.ipynb")
     notebook.run_all()
-    notebook.page.evaluate(
-        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
-    )
+    notebook.theme("Dark")
     view = notebook.explorer(1)
     notebook.kernel("view.slice.value = 4")
     wait(lambda: view.handle("axial slice").get_attribute("aria-valuenow") == "4.0", PATIENCE, "the slider lags")
@@ -359,6 +366,12 @@ def test_tour_of_the_explorer(open_notebook):
 
     for part in ("b", "[role=status]"):
         assert contrast(three.output.locator(part).first) > 4.5, "not legible in the dark theme"
+    notebook.check_page()
+
+
+def test_assignment(open_notebook):
+    notebook = open_notebook("assignments/02_gate.ipynb")  # with its solution, so that every cell runs
+    notebook.run_all()
     notebook.check_page()
 
 
