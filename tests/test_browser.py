@@ -176,7 +176,7 @@ class Notebook:
         assert done, "run-all-cells returned false"
 
     def theme(self, name):
-        """"Light" or "Dark"."""
+        """JupyterLab's theme: Light or Dark."""
         change = "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})"
         self.page.evaluate(change, f"JupyterLab {name}")
         self.page.wait_for_selector("#jupyterlab-splash", state="detached")
