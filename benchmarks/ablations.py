@@ -281,7 +281,10 @@ def main(
     path = RESULTS / "ablations.json"
     found = json.loads(path.read_text()) if path.exists() and profile == "cpu" else {}
     if found.get(f"setting of {key}") != setting:
-        found |= {f"setting of {key}": setting, key: {}} | ({"doses": {}} if continued else {})
+        found |= {f"setting of {key}": setting, key: {}}
+        if continued:
+            found["doses"] = {}
+    doses = found.setdefault("doses", {})
     found["gaussian"] = [
         {"fwhm": w, **point([(s, gaussian(s, w)) for s in cases])} for w in (3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
     ]
@@ -290,7 +293,7 @@ def main(
             model = trained(name, steps, profile, start)
             if name in ALONE:
                 both = {"all doses": trained("all parts", steps, profile, start), "alone": model}
-                found["doses"][name] = by_dose(both, patients, ALONE[name])
+                doses[name] = by_dose(both, patients, ALONE[name])
                 write_json("ablations.json", found)
                 continue
             about = {"parameters": model.n_parameters, "minutes": model.card["training_minutes"]}
@@ -299,7 +302,6 @@ def main(
         print(as_table(f"{steps} steps, DRF {DOSE}, n = {patients}, against SPET", rows))
         if profile == "cpu":
             write_json("ablations.json", found)
-    doses = found.get("doses", {})
     needed = ("all parts", BLIND, *ALONE) if continued else HEADLINE
     if profile != "cpu" or any(name not in found[key] | doses for name in needed):
         return
