@@ -125,7 +125,7 @@ def profile_of(variant: str, steps: int, base: str = "cpu", continued: bool = Fa
 def trained(variant: str, steps: int, base: str, start: MFdiff | None = None) -> MFdiff:
     """The variant's averaged weights, trained now or taken from a finished run. start: what a CONTINUED one starts
     from."""
-    name = re.sub(r"[^a-z]+", "-", variant.lower())
+    name = re.sub(r"[^a-z0-9]+", "-", variant.lower())
     out = RUNS / f"{name}-{base}-{steps}{'' if start is None else '-continued'}"
     if not (out / WEIGHTS).exists():
         profile = profile_of(variant, steps, base, continued=start is not None)
