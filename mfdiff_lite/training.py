@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,14 @@ def train_stage1(
             save_checkpoint(out, made_with, models, optimizer, progress)
             last = step
 
-    with interrupt_after_step() as interrupted:
+    with interrupt_after_step() as interrupted, ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(_global_batch, data, profile, step, model.schedule.length)
         while step < profile.steps:
             began = time.monotonic()
-            batch, t, noise = _global_batch(data, profile, step, model.schedule.length)
+            batch, t, noise = coming.result()
+            coming = ahead.submit(
+                _global_batch, data, profile, step + 1, model.schedule.length
+            )  # while this one trains
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(profile, step)
             optimizer.zero_grad(set_to_none=True)
