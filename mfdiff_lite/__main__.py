@@ -189,7 +189,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
     dose_reduction: DoseReduction = 20.0,
     shift: Annotated[
-        str | None, typer.Option(help="a named OOD emulation, e.g. edge-scanner, or several: wide-psf+t2-mr")
+        str | None, typer.Option(help="an OOD emulation that `info` lists, or several: wide-psf+t2-mr")
     ] = None,
     slices: Annotated[int | None, typer.Option(help="axial slices; default: the whole head")] = None,
     force: Force = False,
@@ -418,7 +418,7 @@ def adapt(
 
 @_command
 def info() -> None:
-    """Check the environment; versions, device, the shipped weights' card, and the data found."""
+    """Check the environment; versions, device, anatomies, shifts, the shipped weights' card, the data found."""
     problems = _missing_packages()
     if problems:  # before anything is imported that needs them
         _stop(f"environment: {'; '.join(problems)}", 2)
@@ -428,6 +428,7 @@ def info() -> None:
     from .anatomy import list_anatomies
     from .cohort import cache_folder
     from .model import load_pretrained, pick_device
+    from .phantom import SHIFTS
 
     print(f"mfdiff_lite {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "nibabel", "scikit-image", "accelerate")))
@@ -437,6 +438,7 @@ def info() -> None:
         + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f", {torch.get_num_threads()} threads")
     )
     print(f"anatomies: {', '.join(list_anatomies())}")
+    print(f"shifts: {', '.join(SHIFTS)}")
     cohorts = sorted(cache_folder().glob("cohort-*"))
     nearest = next(folder for folder in (cache_folder(), *cache_folder().parents) if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
