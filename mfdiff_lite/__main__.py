@@ -189,7 +189,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
     dose_reduction: DoseReduction = 20.0,
     shift: Annotated[
-        str | None, typer.Option(help="an OOD emulation that `info` lists, or several: wide-psf+t2-mr")
+        str | None, typer.Option(help="OOD emulation that `info` lists, e.g. edge-scanner; + joins two")
     ] = None,
     slices: Annotated[int | None, typer.Option(help="axial slices; default: the whole head")] = None,
     force: Force = False,
