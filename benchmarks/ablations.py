@@ -324,7 +324,8 @@ def main(
     needed = ("all parts", BLIND, *ALONE) if continued else HEADLINE
     if profile != "cpu" or any(name not in found[key] | doses for name in needed):
         return
-    targets = Targets("evidence", CONTINUED_GOALS if continued else GOALS, "make ablations")
+    goals, command = (CONTINUED_GOALS, "make ablations ARGS=--continued") if continued else (GOALS, "make ablations")
+    targets = Targets("evidence", goals, command)
     if continued:
         report_continued(found[key], doses, targets)
         write_readme(readme_block(found[key]) + doses_block(doses), key)

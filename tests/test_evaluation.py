@@ -137,23 +137,48 @@ def script(name):
 
 
 @pytest.fixture(scope="module")
-def results_script():
-    return script("results")
+def benchmarks():
+    """The scripts of benchmarks/, as when they are run from their own folder."""
+    before = sys.modules.get("results")
+    sys.modules["results"] = results = script("results")
+    yield {"results": results} | {name: script(name) for name in ("evidence", "ablations", "adaptation", "course")}
+    del sys.modules["results"]
+    if before:
+        sys.modules["results"] = before
 
 
-def test_the_readme_shows_what_the_results_files_hold(results_script):
-    stored = json.loads((ROOT / "results" / "restore.json").read_text())
-    block = (ROOT / "README.md").read_text().split("<!-- results:start -->\n")[1].split("<!-- results:end -->")[0]
-    assert block == results_script.readme_block(stored["tables"], stored["setting"])
+@pytest.mark.parametrize("block", ["results", "evidence", "ablations", "continued", "adaptation"])
+def test_the_readme_shows_what_the_results_files_hold(benchmarks, block):
+    file = {"results": "restore", "continued": "ablations"}.get(block, block)
+    stored = json.loads((ROOT / "results" / f"{file}.json").read_text())
+    made = {
+        "results": lambda script: script["results"].readme_block(stored["tables"], stored["setting"]),
+        "evidence": lambda script: script["evidence"].readme_block(stored),
+        "ablations": lambda script: script["ablations"].readme_block(stored["variants"]),
+        "continued": lambda script: (
+            script["ablations"].readme_block(stored["continued"]) + script["ablations"].doses_block(stored["doses"])
+        ),
+        "adaptation": lambda script: (
+            script["adaptation"].readme_block(stored["shifts"]) + script["adaptation"].cohort_block(stored)
+        ),
+    }[block](benchmarks)
+    shown = (ROOT / "README.md").read_text().split(f"<!-- {block}:start -->\n")[1].split(f"<!-- {block}:end -->")[0]
+    assert shown == made
 
 
-def test_every_goal_has_its_row(results_script):
+def test_every_goal_has_its_row(benchmarks):
     rows = {row["id"]: row for row in json.loads((ROOT / "results" / "targets.json").read_text())}
-    assert {f"restore.{name}" for name in results_script.GOALS} == {
-        name for name in rows if name.startswith("restore.")
+    part = benchmarks["ablations"]
+    groups = {"restore": benchmarks["results"].GOALS, "adapt": benchmarks["adaptation"].GOALS}
+    groups |= {"evidence": benchmarks["evidence"].GOALS | part.GOALS | part.CONTINUED_GOALS}
+    goals = {
+        f"{group}.{name}": goal
+        for group, named in (groups | {"course": benchmarks["course"].GOALS}).items()
+        for name, goal in named.items()
     }
-    for name, (_, unit, sense, must, aim) in results_script.GOALS.items():
-        row = rows[f"restore.{name}"]
+    assert set(rows) == set(goals)
+    for name, (_, unit, sense, must, aim) in goals.items():
+        row = rows[name]
         assert (row["unit"], row["sense"], row["must"], row["aim"]) == (unit, sense, must, aim), name
 
 
@@ -180,9 +205,17 @@ def test_the_stored_table_is_the_mean_of_the_stored_patients():
 
 
 @pytest.fixture(scope="module")
-def ablations(results_script):
-    sys.modules["results"] = results_script  # as when it is run from its own folder
-    return script("ablations")
+def ablations(benchmarks):
+    return benchmarks["ablations"]
+
+
+def test_the_margin_between_two_curves(ablations):
+    def curve(*points):
+        return [{"contrast_kept": x, "psnr": y} for x, y in points]
+
+    ours = curve((0.8, 20.0), (0.6, 24.0))  # 24 at 0.6, falling by 2 for each 0.1
+    assert ablations.margin(ours, curve((0.7, 21.0), (0.65, 22.5), (0.9, 30.0))) == pytest.approx(0.5)
+    assert ablations.margin(ours, curve((0.5, 1.0))) == np.inf
 
 
 def test_a_replaced_part_has_the_parameters_of_the_one_it_replaces(ablations):
