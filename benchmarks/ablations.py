@@ -235,7 +235,7 @@ def report_continued(variants: dict[str, dict], doses: dict[str, dict], targets:
 
 def picture(found: dict, key: str, path: Path) -> None:
     """PSNR against lesion contrast kept: a curve for every model, so that nobody wins one by selling the other."""
-    figure, axes = plt.subplots(figsize=(7, 4.6), facecolor="white", layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5.2), facecolor="white", layout="constrained")
     for index, (name, one) in enumerate(found[key].items()):
         points = one["curve"]
         style = {"lw": 2.5} if index == 0 else {"lw": 1.2, "alpha": 0.9}
@@ -251,7 +251,7 @@ def picture(found: dict, key: str, path: Path) -> None:
         ylabel="PSNR against SPET [dB]",
         title=f"Trade-off by fidelity, DRF {DOSE}, n = {n} patients\n{start}{steps} steps each",
     )
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
 
 
