@@ -7,9 +7,9 @@
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
 the oracle learns from SPETs of three other patients of the same shift, and so do, for the shifts in `COHORT`, split and
-sure without these SPETs. `in distribution` is a patient of the default scanner, restored with the weights that were
-adapted to the target. Writes results/adaptation.json and .png, and the
-rows of group "adapt" in results/targets.json.
+sure without these SPETs. They are of the target's head, bent otherwise, with other uptake and lesions. `in
+distribution` is a patient of the default scanner, restored with the weights that were adapted to the target. Writes
+results/adaptation.json and .png, and the rows of group "adapt" in results/targets.json.
 """
 
 from __future__ import annotations

@@ -112,9 +112,7 @@ def train_stage1(
         while step < profile.steps:
             began = time.monotonic()
             batch, t, noise = coming.result()
-            coming = ahead.submit(
-                _global_batch, data, profile, step + 1, model.schedule.length
-            )  # while this one trains
+            coming = ahead.submit(_global_batch, data, profile, step + 1, model.schedule.length)  # meanwhile
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(profile, step)
             optimizer.zero_grad(set_to_none=True)
