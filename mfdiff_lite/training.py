@@ -72,6 +72,8 @@ def train_stage1(
     out = None if out is None else Path(out)
     held = refuse_or_resume(out, resume)
     chosen = pick_device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # Accelerator takes the current one
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="bf16" if chosen.type == "cuda" else "no")
     shares = accelerator.num_processes * profile.accumulate
     if profile.batch % shares:

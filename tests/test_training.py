@@ -99,6 +99,20 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         run(tmp_path, resume=True)
 
 
+def test_the_gpu_that_was_named_is_the_one_that_trains(monkeypatch):
+    def at_the_accelerator(**_):
+        raise InterruptedError
+
+    named = []
+    monkeypatch.setattr("mfdiff_lite.training.pick_device", torch.device)
+    monkeypatch.setattr("mfdiff_lite.training.Accelerator", at_the_accelerator)
+    monkeypatch.setattr(torch.cuda, "set_device", named.append)
+    for device in ("cuda:1", "cuda", "cpu"):
+        with pytest.raises(InterruptedError):
+            next(train_stage1(load_profile("smoke"), device=device))
+    assert named == [torch.device("cuda:1")]
+
+
 def test_a_loss_that_explodes_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="learning_rate"):
         run(None, dataclasses.replace(TINY, learning_rate=float("inf"), warmup=1))
