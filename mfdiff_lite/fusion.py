@@ -31,6 +31,7 @@ WINDOW = 4  # side of a block of queries in feature pixels; image sides must be 
 HALO = 2  # feature pixels of MR that a block sees beyond each of its sides
 REACH = WINDOW + 2 * HALO
 HEADS = 4
+SPREADS = (0.5, 1.0, 2.0, 4.0)  # SD of the attention of each head to begin with, feature pixels
 
 
 class Fused(NamedTuple):
@@ -102,12 +103,9 @@ class GatedFusion(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 2 * channels, 1, bias=False)
-        self.query_position = nn.Parameter(torch.zeros(WINDOW**2, channels // HEADS))
-        self.key_position = nn.Parameter(torch.zeros(REACH**2, channels // HEADS))
+        self.position = nn.Parameter(nearness())
         self.refine = nn.Conv2d(channels, channels, 1, bias=False)
         self.gate = nn.Conv2d(2 * channels + HEADS, channels, 3, padding=1)
-        nn.init.trunc_normal_(self.query_position, std=0.02)
-        nn.init.trunc_normal_(self.key_position, std=0.02)
         nn.init.constant_(self.gate.bias, -1.0)  # start mostly closed: MR has to earn its way in
 
     def forward(self, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,27 +118,36 @@ class GatedFusion(nn.Module):
     def attend(self, pn: Tensor, mn: Tensor) -> Tensor:
         """Each PET pixel looks at the MR pixels of its block and a halo round it: at least HALO pixels to every side,
         which also bridges a misregistration."""
-        q, k, v = self._windows(pn, mn)
-        found = F.scaled_dot_product_attention(q, k, v)
+        weights, values = self._look(pn, mn)
         rows = pn.shape[-2] // WINDOW
-        return rearrange(found, "(b h w) n (i j) c -> b (n c) (h i) (w j)", b=pn.shape[0], h=rows, i=WINDOW)
+        return rearrange(weights @ values, "(b h w) n (i j) c -> b (n c) (h i) (w j)", b=pn.shape[0], h=rows, i=WINDOW)
 
     def attention(self, pn: Tensor, mn: Tensor) -> Tensor:
         """Where each PET pixel looks, for pictures: weights (B, HEADS, H, W, REACH, REACH) over the MR pixels of its
-        block and halo, softmax(q k / sqrt(c)), which sum to 1. Beyond the image there is nothing, worth 0."""
-        q, k, _ = self._windows(pn, mn)
-        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1)
+        block and halo, softmax(q k / sqrt(c) + position), which sum to 1. Beyond the image there is nothing, worth 0."""
+        weights, _ = self._look(pn, mn)
         rows, split = pn.shape[-2] // WINDOW, {"i": WINDOW, "k": REACH}
         return rearrange(weights, "(b h w) n (i j) (k l) -> b n (h i) (w j) k l", b=pn.shape[0], h=rows, **split)
 
-    def _windows(self, pn: Tensor, mn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of PET (blocks, HEADS, WINDOW^2, C / HEADS); keys and values of MR (blocks, HEADS, REACH^2,
-        C / HEADS)."""
+    def _look(self, pn: Tensor, mn: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (blocks, HEADS, WINDOW^2, REACH^2) and values of MR (blocks, HEADS, REACH^2, C / HEADS)."""
         to_blocks = "b (n c) (h i) (w j) -> (b h w) n (i j) c"
-        q = rearrange(self.query(pn), to_blocks, n=HEADS, i=WINDOW, j=WINDOW) + self.query_position
+        q = rearrange(self.query(pn), to_blocks, n=HEADS, i=WINDOW, j=WINDOW)
         near = F.pad(self.key_value(mn), (HALO,) * 4).unfold(2, REACH, WINDOW).unfold(3, REACH, WINDOW)
         k, v = rearrange(near, "b (s n c) h w k l -> s (b h w) n (k l) c", s=2, n=HEADS)
-        return q, k + self.key_position, v
+        return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5 + self.position, dim=-1), v
+
+
+def nearness() -> Tensor:
+    """What the attention adds to its logits before anything is learned: -|x - y|^2 / (2 SD^2) from query pixel x to MR
+    pixel y, so that it starts as a Gaussian round the query's own place, another SD (`SPREADS`) for each head. Without,
+    it starts as the mean of the whole block, too blurred to be of use, and hardly learns to look closer.
+
+    Returns (HEADS, WINDOW^2, REACH^2).
+    """
+    x = torch.cartesian_prod(*2 * (HALO + torch.arange(WINDOW),))
+    y = torch.cartesian_prod(*2 * (torch.arange(REACH),))
+    return -(torch.cdist(x.float(), y.float()) ** 2) / (2 * torch.tensor(SPREADS)[:, None, None] ** 2)
 
 
 class Encoder(nn.Module):

@@ -7,7 +7,18 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from mfdiff_lite.denoiser import ConditionalUNet
-from mfdiff_lite.fusion import HALO, WINDOW, GatedFusion, MultiModalityFusion, double, halve, local_correlation, smooth
+from mfdiff_lite.fusion import (
+    HALO,
+    REACH,
+    SPREADS,
+    WINDOW,
+    GatedFusion,
+    MultiModalityFusion,
+    double,
+    halve,
+    local_correlation,
+    smooth,
+)
 from mfdiff_lite.layers import Embedding, dose_scalar
 
 
@@ -71,6 +82,17 @@ def test_every_pixel_sees_the_halo_to_all_sides():
             changed = m.clone()
             changed[:, :, x + dx, y + dy] += 1
             assert (fuse.attend(p, changed) - before)[0, :, x, y].abs().max() > 0
+
+
+def test_attention_starts_as_a_gaussian_round_the_pixel():
+    """Before anything is learned and with keys of nothing: the widest head on average, the narrowest close by."""
+    fuse = GatedFusion(8)
+    torch.nn.init.zeros_(fuse.key_value.weight)
+    weights = fuse.attention(randn(1, 8, 12, 12), randn(1, 8, 12, 12, seed=1))[0, :, 4, 5]  # at (HALO, HALO + 1)
+    for head, spread in enumerate(SPREADS):
+        x, y = np.arange(REACH) - HALO, np.arange(REACH) - HALO - 1
+        gaussian = np.exp(-(x[:, None] ** 2 + y**2) / (2 * spread**2))
+        np.testing.assert_allclose(weights[head].detach(), gaussian / gaussian.sum(), atol=1e-6)
 
 
 def test_attention_weights_average_the_values():
