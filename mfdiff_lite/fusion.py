@@ -124,7 +124,7 @@ class GatedFusion(nn.Module):
 
     def attention(self, pn: Tensor, mn: Tensor) -> Tensor:
         """Where each PET pixel looks, for pictures: weights (B, HEADS, H, W, REACH, REACH) over the MR pixels of its
-        block and halo, softmax(q k / sqrt(c) + position), which sum to 1. Beyond the image there is nothing, worth 0."""
+        block and halo, softmax(q k / sqrt(c) + position), which sum to 1. What lies beyond the image is worth 0."""
         weights, _ = self._look(pn, mn)
         rows, split = pn.shape[-2] // WINDOW, {"i": WINDOW, "k": REACH}
         return rearrange(weights, "(b h w) n (i j) (k l) -> b n (h i) (w j) k l", b=pn.shape[0], h=rows, **split)
