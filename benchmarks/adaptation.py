@@ -43,7 +43,7 @@ GOALS = {
     "gap_closed_sure": ("share of that gap closed by stage 2 'sure'", "%", ">=", 40.0, 65.0),
     "worst_shift": ("stage 2 'split' minus stage 1 on the worst shift", "dB", ">=", -0.1, 0.0),
     "id_loss": ("PSNR lost in distribution after 'split', mean over shifts", "dB", "<=", 0.2, 0.1),
-    "from_scratch": ("stage 2 'split' from stage 1's weights over the same from scratch", "dB", ">=", 1.0, 2.0),
+    "from_scratch": ("stage 2 'split' over the same from random weights, mean over shifts", "dB", ">=", 1.0, 2.0),
     "stop_rule": ("PSNR at the stop rule's step below the best validation in hindsight", "dB", "<=", 0.2, 0.05),
     "minutes": ("adapting to one 64-slice scan by 'split'", "min", "<=", 15.0, 5.0),
 }
@@ -93,6 +93,7 @@ def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anato
     models["oracle"] = adapted(parent, others, "paired", settings)[0]
     rows = {name: judged(model, scan) for name, model in models.items()}
     rows["LPET"] = score(scan.lpet, scan.spet, scan.mask, scan)
+    rows["from scratch"] = from_scratch(parent, scan, settings)
     return {
         "target": rows,
         "in distribution": {name: judged(model, known) for name, model in models.items() if name != "oracle"},
@@ -110,13 +111,11 @@ def from_others(parent: MFdiff, shift: str, settings: Adaptation, slices: int, a
     return {objective: judged(adapted(parent, others, objective, settings)[0], scan) for objective in ("split", "sure")}
 
 
-def from_scratch(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomy: str) -> dict:
+def from_scratch(parent: MFdiff, scan: Scan, settings: Adaptation) -> dict:
     """'split' on the target alone from random weights, all of them trained, without rehearsal."""
-    scan = target(shift, 910_000, slices, anatomy)
     blank = MFdiff.from_profile(load_profile("cpu", context=parent.fusion.context))
     alone = dataclasses.replace(settings, trained="all", rehearsal=0.0)
-    model, state, _ = adapted(blank, scan, "split", alone)
-    return judged(model, scan) | {"steps": state.step}
+    return judged(adapted(blank, scan, "split", alone)[0], scan)
 
 
 def gained(shifts: dict[str, dict], name: str, over: str = "stage 1", where: str = "target") -> np.ndarray:
@@ -132,8 +131,7 @@ def report(found: dict, targets: Targets) -> None:
         targets.add(goal, 100 * gained(shifts, objective).sum() / gap.sum())
     targets.add("worst_shift", gained(shifts, "split").min())
     targets.add("id_loss", *metrics.mean_ci(-gained(shifts, "split", where="in distribution")))
-    shift = found["from_scratch"]["shift"]
-    targets.add("from_scratch", shifts[shift]["target"]["split"]["psnr"] - found["from_scratch"]["psnr"])
+    targets.add("from_scratch", *metrics.mean_ci(gained(shifts, "split", over="from scratch")))
     targets.add("stop_rule", *metrics.mean_ci([one["stop_rule_loss"] for one in shifts.values()]))
     targets.add("minutes", found["minutes_64_slices"])
 
@@ -159,7 +157,7 @@ def picture(shifts: dict[str, dict]) -> None:
 
 def readme_block(shifts: dict[str, dict]) -> str:
     """PSNR [dB] against SPET, one target scan a shift, and what adapting costs elsewhere."""
-    names, adapted_ones = ("LPET", "stage 1", "split", "sure", "oracle"), ("stage 1", "split", "sure")
+    names, adapted_ones = ("LPET", "from scratch", "stage 1", "split", "sure", "oracle"), ("stage 1", "split", "sure")
     elsewhere = ("in distribution: stage 1, split, sure", "MR leak: stage 1, split, sure")
     lines = ["| OOD emulation | " + " | ".join([*names, *elsewhere]) + " |", "|---" * (3 + len(names)) + "|"]
     for shift, one in shifts.items():
@@ -217,9 +215,6 @@ def main(
         held[shift] = from_others(parent, shift, settings, slices, anatomy)
         write_json("adaptation.json", found)
     first = next(iter(found["shifts"]))
-    if "from_scratch" not in found:
-        found["from_scratch"] = {"shift": first, **from_scratch(parent, first, settings, slices, anatomy)}
-        write_json("adaptation.json", found)
     if "minutes_64_slices" not in found:
         whole = target(first, 940_000, 64, anatomy)
         _, state, _ = adapted(parent, whole, "split", settings)
