@@ -118,24 +118,27 @@ class GatedFusion(nn.Module):
     def attend(self, pn: Tensor, mn: Tensor) -> Tensor:
         """Each PET pixel looks at the MR pixels of its block and a halo round it: at least HALO pixels to every side,
         which also bridges a misregistration."""
-        weights, values = self._look(pn, mn)
+        q, k, v = self._windows(pn, mn)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=self.position.to(q.dtype))
         rows = pn.shape[-2] // WINDOW
-        return rearrange(weights @ values, "(b h w) n (i j) c -> b (n c) (h i) (w j)", b=pn.shape[0], h=rows, i=WINDOW)
+        return rearrange(found, "(b h w) n (i j) c -> b (n c) (h i) (w j)", b=pn.shape[0], h=rows, i=WINDOW)
 
     def attention(self, pn: Tensor, mn: Tensor) -> Tensor:
         """Where each PET pixel looks, for pictures: weights (B, HEADS, H, W, REACH, REACH) over the MR pixels of its
         block and halo, softmax(q k / sqrt(c) + position), which sum to 1. What lies beyond the image is worth 0."""
-        weights, _ = self._look(pn, mn)
+        q, k, _ = self._windows(pn, mn)
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5 + self.position, dim=-1)
         rows, split = pn.shape[-2] // WINDOW, {"i": WINDOW, "k": REACH}
         return rearrange(weights, "(b h w) n (i j) (k l) -> b n (h i) (w j) k l", b=pn.shape[0], h=rows, **split)
 
-    def _look(self, pn: Tensor, mn: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (blocks, HEADS, WINDOW^2, REACH^2) and values of MR (blocks, HEADS, REACH^2, C / HEADS)."""
+    def _windows(self, pn: Tensor, mn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of PET (blocks, HEADS, WINDOW^2, C / HEADS); keys and values of MR (blocks, HEADS, REACH^2,
+        C / HEADS)."""
         to_blocks = "b (n c) (h i) (w j) -> (b h w) n (i j) c"
         q = rearrange(self.query(pn), to_blocks, n=HEADS, i=WINDOW, j=WINDOW)
         near = F.pad(self.key_value(mn), (HALO,) * 4).unfold(2, REACH, WINDOW).unfold(3, REACH, WINDOW)
         k, v = rearrange(near, "b (s n c) h w k l -> s (b h w) n (k l) c", s=2, n=HEADS)
-        return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5 + self.position, dim=-1), v
+        return q, k, v
 
 
 def nearness() -> Tensor:
