@@ -118,13 +118,23 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path):
         run(None, dataclasses.replace(TINY, learning_rate=float("inf"), warmup=1))
 
 
-def test_a_batch_in_parts_gives_the_losses_of_the_whole():
+def test_a_batch_in_parts_gives_the_losses_and_the_gradient_of_the_whole(monkeypatch):
     """Gradient accumulation: also where the parts weigh differently, as lesions do. Not the weights are compared: of a
-    gradient that is nothing but rounding AdamW makes a whole step."""
-    profile = dataclasses.replace(TINY, batch=4, steps=3, validate_every=3, learning_rate=3e-3, warmup=1)
+    gradient that is nothing but rounding AdamW makes a whole step. So small steps, and the first gradient."""
+    gradients, step = [], torch.optim.AdamW.step
+
+    def watched(self, *arguments, **keywords):
+        held = [p.grad.flatten() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients.append(torch.cat(held))
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    profile = dataclasses.replace(TINY, batch=4, steps=3, validate_every=3, learning_rate=3e-4, warmup=1)
     whole, parts = (run(None, dataclasses.replace(profile, accumulate=n)) for n in (1, 4))
     for one, other in zip(whole, parts, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-5), one.step
+    of_whole, of_parts = gradients[0], gradients[3]
+    assert (of_parts - of_whole).norm() < 1e-5 * of_whole.norm()
     with pytest.raises(ValueError, match="multiple of processes x accumulate, found 4 for 1 x 3"):
         run(None, dataclasses.replace(profile, accumulate=3))
 
