@@ -41,7 +41,7 @@ from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json,
 K = 4  # samples of a restoration
 HEADLINE = ("gated fusion", "MR concatenated", "PET only", "regression U-Net, PET + MR")
 BUDGET = "all trained alike for the steps in results/ablations.json"
-FULL = "both trained on alike from the shipped weights, see results/ablations.json"
+FULL = "both trained on alike from the weights named in results/ablations.json"
 GOALS = {
     "matched_unet": (f"PSNR over the regression U-Net of the same size, PET + MR; {BUDGET}", "dB", ">=", -0.1, 0.2),
     "pet_only": (f"PSNR over PET-only diffusion; {BUDGET}", "dB", ">=", 0.4, 1.0),
@@ -245,7 +245,7 @@ def picture(found: dict, key: str, path: Path) -> None:
         [p["contrast_kept"] for p in points], [p["psnr"] for p in points], "s--", ms=4, color="0.4", label="Gaussian"
     )
     n, steps = (found[f"setting of {key}"][what] for what in ("patients", "steps"))
-    start = "from the shipped weights, " if key == "continued" else ""
+    start = f"from weights {found['setting of continued']['from'][:8]}, " if key == "continued" else ""
     axes.set(
         xlabel="contrast of PET-only lesions kept (SPET = 1)",
         ylabel="PSNR against SPET [dB]",

@@ -1,6 +1,6 @@
 """Stage 2 on OOD emulations: what adapting to one scan without a standard-dose image gains, and what it costs.
 
-    make adaptation                                         # what is not measured yet, 6 to 12 minutes a shift
+    make adaptation                                         # what is not measured yet, 8 to 15 minutes a shift
     python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay
     python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched

@@ -1,6 +1,6 @@
 """The evidence beyond one table: classical baselines, an MR audit, lesions by size, uncertainty and texture.
 
-    make evidence                       # about 15 minutes on 2 cores; ARGS=--quick for a look
+    make evidence                       # about half an hour; ARGS=--quick for a look
 
 Filters are tuned, and the recalibration of the SD is fitted, on validation patients; test patients are touched once.
 Writes results/evidence.json, results/audit.png, results/reliability.png and the rows of group "evidence" in

@@ -30,8 +30,8 @@ from .layers import Embedding, ResidualBlock, dose_scalar
 WINDOW = 4  # side of a block of queries in feature pixels; image sides must be multiples of 8 * WINDOW = 32
 HALO = 2  # feature pixels of MR that a block sees beyond each of its sides
 REACH = WINDOW + 2 * HALO
-HEADS = 4
 SPREADS = (0.5, 1.0, 2.0, 4.0)  # SD of the attention of each head to begin with, feature pixels
+HEADS = len(SPREADS)
 
 
 class Fused(NamedTuple):
@@ -144,7 +144,7 @@ class GatedFusion(nn.Module):
 def nearness() -> Tensor:
     """What the attention adds to its logits before anything is learned: -|x - y|^2 / (2 SD^2) from query pixel x to MR
     pixel y, so that it starts as a Gaussian round the query's own place, another SD (`SPREADS`) for each head. Without,
-    it starts as the mean of the whole block, too blurred to be of use, and hardly learns to look closer.
+    it would start as the mean of all that the block sees, which blurs the MR.
 
     Returns (HEADS, WINDOW^2, REACH^2).
     """

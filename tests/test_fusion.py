@@ -85,7 +85,7 @@ def test_every_pixel_sees_the_halo_to_all_sides():
 
 
 def test_attention_starts_as_a_gaussian_round_the_pixel():
-    """Before anything is learned and with keys of nothing: the widest head on average, the narrowest close by."""
+    """With keys of nothing only the place decides, and each head has its own SD."""
     fuse = GatedFusion(8)
     torch.nn.init.zeros_(fuse.key_value.weight)
     weights = fuse.attention(randn(1, 8, 12, 12), randn(1, 8, 12, 12, seed=1))[0, :, 4, 5]  # at (HALO, HALO + 1)
