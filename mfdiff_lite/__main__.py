@@ -448,7 +448,8 @@ def info() -> None:
         "set MFDIFF_CACHE to move it)"
     )
     model = load_pretrained("cpu")
-    card = {key: value for key, value in model.card.items() if key not in ("validation_psnr_db", "profile")}
+    long = ("validation_psnr_db", "profile", "started_from")  # the JSON file beside the weights has them
+    card = {key: value for key, value in model.card.items() if key not in long}
     print(f"shipped weights: {json.dumps(card, indent=1)}")
     print(f"validation at the last step: {model.card['validation_psnr_db'][-1]}")
     print("environment: complete, every package in the range of versions that is asked for")

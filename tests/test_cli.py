@@ -811,6 +811,7 @@ def test_info_finds_the_environment_complete(capsys):
     cli.info()
     out = capsys.readouterr().out
     assert "environment: complete" in out and f"torch {torch.__version__}" in out and "shipped weights" in out
+    assert len(out.splitlines()) < 70, "a page, not the history of the weights"
     assert "ahba-15697" in out and "shifts: edge-scanner, low-contrast" in out
 
 
