@@ -23,7 +23,7 @@ from mfdiff_lite.baselines import gaussian, kernel_em, mr_guided, non_local_mean
 from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES
 from mfdiff_lite.evaluation import audit_mr, evaluate, mr_conditions, summarise
 from mfdiff_lite.explorer import panel
-from mfdiff_lite.model import MFdiff, Restoration, load_pretrained
+from mfdiff_lite.model import START, STEPS, MFdiff, Restoration, load_pretrained
 from mfdiff_lite.scan import Scan
 from results import DOSE, RESULTS, SLICES, Targets, as_table, paired, scans, write_json, write_readme
 
@@ -37,7 +37,7 @@ GRIDS = {
     kernel_em: {"fwhm": (3.0, 4.0), "contrast": (0.5, 1.0)},
 }
 SAMPLERS = {
-    "as shipped: DPM-Solver++, 6 steps from 0.8 T, K = 8": {},
+    f"as shipped: DPM-Solver++, {STEPS} steps from {START:g} T, K = 8": {},
     "K = 2": {"n_samples": 2},
     "K = 32": {"n_samples": 32},
     "2 steps": {"steps": 2},
@@ -45,6 +45,7 @@ SAMPLERS = {
     "12 steps": {"steps": 12},
     "from 0.3 T": {"start": 0.3},
     "from 0.5 T": {"start": 0.5},
+    "from 0.8 T": {"start": 0.8},
     "from pure noise, 12 steps": {"start": 1.0, "steps": 12},
     "DDIM": {"method": "ddim"},
 }
