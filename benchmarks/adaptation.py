@@ -6,10 +6,11 @@
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
-the oracle learns from SPETs of three other patients of the same shift, and so do, for the shifts in `COHORT`, split and
-sure without these SPETs. They are of the target's head, bent otherwise, with other uptake and lesions. `in
-distribution` is a patient of the default scanner, restored with the weights that were adapted to the target. Writes
-results/adaptation.json and .png, and the rows of group "adapt" in results/targets.json.
+the oracle learns from the SPETs of `OTHERS` other patients of the same shift, in all its weights. For the shifts in
+`COHORT`, split and sure learn from these patients too, without the SPETs. They are of the target's head, bent
+otherwise, with other uptake and lesions. `in distribution` is a patient of the default scanner, restored with the
+weights that were adapted to the target. Writes results/adaptation.json and .png, and the rows of group "adapt" in
+results/targets.json.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from results import DOSE, LESIONS, RESULTS, Targets, write_json, write_readme
 
 PAIRS = ("wide-psf+few-counts", "amyloid+t2-mr")
 COHORT = ("edge-scanner", "amyloid")  # where split and sure also learn from other patients and not from the target
+OTHERS = 10  # patients of a shift beside the target
 K = 4  # samples of a restoration
 GOALS = {
     "oracle_gap": ("PSNR of the oracle over stage 1 on OOD emulations, mean over shifts", "dB", ">=", 0.7, None),
@@ -78,8 +80,8 @@ def adapted(parent: MFdiff, scans: Scan | list[Scan], objective: str, settings: 
 
 
 def others_of(shift: str, slices: int, anatomy: str) -> list[Scan]:
-    """Three patients of the shift other than the target."""
-    return [target(shift, 930_000 + i, slices, anatomy) for i in range(3)]
+    """Patients of the shift other than the target."""
+    return [target(shift, 930_000 + i, slices, anatomy) for i in range(OTHERS)]
 
 
 def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomy: str) -> dict:
@@ -90,7 +92,7 @@ def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anato
     split, state, truth = adapted(parent, scan, "split", settings, watch=scan)
     models = {"stage 1": parent, "split": split}
     models["sure"] = adapted(parent, scan, "sure", settings)[0]
-    models["oracle"] = adapted(parent, others, "paired", settings)[0]
+    models["oracle"] = adapted(parent, others, "paired", dataclasses.replace(settings, trained="all"))[0]
     rows = {name: judged(model, scan) for name, model in models.items()}
     rows["LPET"] = score(scan.lpet, scan.spet, scan.mask, scan)
     rows["from scratch"] = from_scratch(parent, scan, settings)
@@ -142,7 +144,7 @@ def picture(shifts: dict[str, dict]) -> None:
     bars = {
         "split (no SPET)": (gained(shifts, "split"), "tab:blue"),
         "sure (no SPET)": (gained(shifts, "sure"), "tab:cyan"),
-        "oracle (SPETs of others)": (gained(shifts, "oracle"), "0.55"),
+        f"oracle (SPETs of {OTHERS} others)": (gained(shifts, "oracle"), "0.55"),
         "split, in distribution": (gained(shifts, "split", where="in distribution"), "tab:orange"),
     }
     place = np.arange(len(shifts))
@@ -175,7 +177,7 @@ def cohort_block(found: dict) -> str:
     """PSNR [dB] on the target: adapted to itself, and to other patients of its scanner."""
     lines = ["", "| adapted to | " + " | ".join(f"{shift}: split | sure" for shift in found["cohort"]) + " |"]
     lines.append("|---" * (1 + 2 * len(found["cohort"])) + "|")
-    for title, rows in (("the scan itself", "shifts"), ("three other patients, without their SPETs", "cohort")):
+    for title, rows in (("the scan itself", "shifts"), (f"{OTHERS} other patients, without their SPETs", "cohort")):
         each = [found[rows][shift] for shift in found["cohort"]]
         each = [one.get("target", one) for one in each]
         cells = [f"{one[objective]['psnr']:.2f}" for one in each for objective in ("split", "sure")]
@@ -196,7 +198,8 @@ def main(
     elsewhere = anatomy != TEST_ANATOMIES[0]
     parent, settings = load_pretrained("cpu"), Adaptation(steps=steps, learning_rate=learning_rate)
     path = RESULTS / "adaptation.json"
-    setting = {"dose_reduction": DOSE, "slices": slices, "samples": K, "steps": steps, "parent": parent.fingerprint}
+    setting = {"dose_reduction": DOSE, "slices": slices, "samples": K, "steps": steps, "others": OTHERS}
+    setting["parent"] = parent.fingerprint
     found = json.loads(path.read_text()) if path.exists() and not elsewhere else {}
     if found.get("setting") != setting:  # measured in another way, or with other weights
         found = {"setting": setting, "shifts": {}}

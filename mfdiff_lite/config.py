@@ -90,7 +90,7 @@ class Adaptation:
     ema: float = 0.98
     validate_every: int = 20
     patience: int = 4  # validations without a lower held-out loss before it stops
-    trained: str = "specific"  # "all" weights: for stage 2 from scratch, the comparison
+    trained: str = "specific"  # "all" weights: for what stage 2 is compared with
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
