@@ -6,16 +6,16 @@
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
-the oracle learns from the SPETs of `OTHERS` other patients of the same shift, in all its weights. For the shifts in
-`COHORT`, split and sure learn from these patients too, without the SPETs. They are of the target's head, bent
-otherwise, with other uptake and lesions. `in distribution` is a patient of the default scanner, restored with the
-weights that were adapted to the target. Writes results/adaptation.json and .png, and the rows of group "adapt" in
-results/targets.json.
+the oracle learns from the SPETs of `OTHERS` patients of the same shift, heads of the training set, in all its weights
+and without rehearsal. For the shifts in `COHORT`, split and sure learn from these patients too, without the SPETs. `in
+distribution` is a patient of the default scanner, restored with the weights that were adapted to the target. Writes
+results/adaptation.json and .png, and the rows of group "adapt" in results/targets.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Annotated
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from mfdiff_lite import metrics
 from mfdiff_lite.adaptation import train_stage2
 from mfdiff_lite.anatomy import load_anatomy
-from mfdiff_lite.config import TEST_ANATOMIES, Adaptation, load_profile
+from mfdiff_lite.config import TEST_ANATOMIES, TRAIN_ANATOMIES, Adaptation, load_profile
 from mfdiff_lite.evaluation import score
 from mfdiff_lite.model import MFdiff, load_pretrained
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
@@ -79,20 +79,20 @@ def adapted(parent: MFdiff, scans: Scan | list[Scan], objective: str, settings: 
     return last.model, last, truth
 
 
-def others_of(shift: str, slices: int, anatomy: str) -> list[Scan]:
-    """Patients of the shift other than the target."""
-    return [target(shift, 930_000 + i, slices, anatomy) for i in range(OTHERS)]
+def others_of(shift: str, slices: int) -> list[Scan]:
+    """Other patients of the shift, with heads that stage 1 was trained on: they tell of the shift, not of the head."""
+    heads = itertools.islice(itertools.cycle(TRAIN_ANATOMIES), OTHERS)
+    return [target(shift, 930_000 + i, slices, head) for i, head in enumerate(heads)]
 
 
 def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomy: str) -> dict:
     """One shift: every objective on the target, in distribution, and what the stop rule missed."""
     scan = target(shift, 910_000, slices, anatomy)
     known = target(None, 920_000, slices, anatomy)
-    others = others_of(shift, slices, anatomy)
     split, state, truth = adapted(parent, scan, "split", settings, watch=scan)
     models = {"stage 1": parent, "split": split}
     models["sure"] = adapted(parent, scan, "sure", settings)[0]
-    models["oracle"] = adapted(parent, others, "paired", dataclasses.replace(settings, trained="all"))[0]
+    models["oracle"] = adapted(parent, others_of(shift, slices), "paired", unbound(settings))[0]
     rows = {name: judged(model, scan) for name, model in models.items()}
     rows["LPET"] = score(scan.lpet, scan.spet, scan.mask, scan)
     rows["from scratch"] = from_scratch(parent, scan, settings)
@@ -109,15 +109,19 @@ def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anato
 
 def from_others(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anatomy: str) -> dict:
     """split and sure on other patients of the shift, judged on the target, which they have not seen."""
-    scan, others = target(shift, 910_000, slices, anatomy), others_of(shift, slices, anatomy)
+    scan, others = target(shift, 910_000, slices, anatomy), others_of(shift, slices)
     return {objective: judged(adapted(parent, others, objective, settings)[0], scan) for objective in ("split", "sure")}
 
 
 def from_scratch(parent: MFdiff, scan: Scan, settings: Adaptation) -> dict:
     """'split' on the target alone from random weights, all of them trained, without rehearsal."""
     blank = MFdiff.from_profile(load_profile("cpu", context=parent.fusion.context))
-    alone = dataclasses.replace(settings, trained="all", rehearsal=0.0)
-    return judged(adapted(blank, scan, "split", alone)[0], scan)
+    return judged(adapted(blank, scan, "split", unbound(settings))[0], scan)
+
+
+def unbound(settings: Adaptation) -> Adaptation:
+    """All weights, without rehearsal: of what stage 2 is compared with."""
+    return dataclasses.replace(settings, trained="all", rehearsal=0.0)
 
 
 def gained(shifts: dict[str, dict], name: str, over: str = "stage 1", where: str = "target") -> np.ndarray:
