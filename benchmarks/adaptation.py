@@ -1,6 +1,6 @@
 """Stage 2 on OOD emulations: what adapting to one scan without a standard-dose image gains, and what it costs.
 
-    make adaptation                                         # what is not measured yet, 8 to 15 minutes a shift
+    make adaptation                                         # what is not measured yet, 12 to 18 minutes a shift
     python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay
     python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
@@ -65,7 +65,7 @@ def judged(model: MFdiff, scan: Scan) -> dict[str, float]:
 
 
 def coarse_psnr(model: MFdiff, scan: Scan) -> float:
-    return metrics.psnr(model.restore(scan, 1).coarse, scan.spet, scan.mask)
+    return metrics.psnr(model.restore(scan, 1, steps=1).coarse, scan.spet, scan.mask)  # no sampler in it
 
 
 def adapted(parent: MFdiff, scans: Scan | list[Scan], objective: str, settings: Adaptation, watch: Scan | None = None):
@@ -178,7 +178,9 @@ def readme_block(shifts: dict[str, dict]) -> str:
 
 
 def cohort_block(found: dict) -> str:
-    """PSNR [dB] on the target: adapted to itself, and to other patients of its scanner."""
+    """PSNR [dB] on the target: adapted to itself, and to other patients of its scanner; empty before it is measured."""
+    if not found["cohort"]:
+        return ""
     lines = ["", "| adapted to | " + " | ".join(f"{shift}: split | sure" for shift in found["cohort"]) + " |"]
     lines.append("|---" * (1 + 2 * len(found["cohort"])) + "|")
     for title, rows in (("the scan itself", "shifts"), (f"{OTHERS} other patients, without their SPETs", "cohort")):
