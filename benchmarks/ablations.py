@@ -1,14 +1,17 @@
 """Which part is worth what: the model, its baselines and itself without single parts, trained at one equal budget.
 
     make ablations                                          # all of them, about 10 minutes each on 2 cores
-    python benchmarks/ablations.py "gated fusion" "MR concatenated" --steps 800
+    python benchmarks/ablations.py "gated fusion" "one slice"
+    python benchmarks/ablations.py --headline --seed 1      # the four that matter most, longer; one more seed
     python benchmarks/ablations.py --continued              # parts taken from the shipped weights, which then train on
 
 Every variant gets the same data, steps, batches, seed and, where a part is replaced and not removed, the same number of
 parameters within 3 %. Trained in runs/ablations/, cut runs go on. No setting is chosen here: all variants are judged
 once on the test patients of `make results`. Writes results/ablations.json, results/tradeoff*.png and rows of group
 "evidence" in results/targets.json. A short budget from random weights ranks what is learned first; it does not tell
-what long training reaches. `--continued` does: whoever can do without a part makes up for it in these steps.
+what long training reaches. `--headline` goes four times as far, and averages over the seeds measured so far: another
+seed means other simulated patients, other weights to start from, other batches. `--continued` starts from the shipped
+weights: whoever can do without a part makes up for it in these steps.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from tqdm import tqdm
 from mfdiff_lite import fusion, metrics
 from mfdiff_lite.baselines import gaussian
 from mfdiff_lite.config import TEST_ANATOMIES, Profile, load_profile
-from mfdiff_lite.evaluation import another_mr, evaluate, score
+from mfdiff_lite.evaluation import another_mr, evaluate, score, summarise
 from mfdiff_lite.fusion import GatedFusion, local_correlation
 from mfdiff_lite.model import FIDELITY_SD, MFdiff, load_model, load_pretrained
 from mfdiff_lite.scan import Scan
@@ -40,7 +43,8 @@ from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json,
 
 K = 4  # samples of a restoration
 HEADLINE = ("gated fusion", "MR concatenated", "PET only", "regression U-Net, PET + MR")
-BUDGET = "all trained alike for the steps in results/ablations.json"
+STEPS = {"variants": 500, "headline": 2000, "continued": 400}
+BUDGET = f"all trained alike for {STEPS['headline']} steps"
 FULL = "both trained on alike from the weights named in results/ablations.json"
 GOALS = {
     "matched_unet": (f"PSNR over the regression U-Net of the same size, PET + MR; {BUDGET}", "dB", ">=", -0.1, 0.2),
@@ -123,19 +127,19 @@ def altered(variant: str) -> Iterator[None]:
         yield
 
 
-def profile_of(variant: str, steps: int, base: str = "cpu", continued: bool = False) -> Profile:
+def profile_of(variant: str, steps: int, base: str = "cpu", continued: bool = False, seed: int = 0) -> Profile:
     """The profile of a variant: the base profile with its part replaced and the common budget."""
     changes = SCHEDULE | CONTINUED[variant] if continued else VARIANTS[variant]
-    return load_profile(base, **changes, steps=steps, validate_every=steps)
+    return load_profile(base, **changes, steps=steps, validate_every=steps, seed=seed)
 
 
-def trained(variant: str, steps: int, base: str, start: MFdiff | None = None) -> MFdiff:
+def trained(variant: str, steps: int, base: str, start: MFdiff | None = None, seed: int = 0) -> MFdiff:
     """The variant's averaged weights, trained now or taken from a finished run. start: what a CONTINUED one starts
     from."""
     name = re.sub(r"[^a-z0-9]+", "-", variant.lower())
-    out = RUNS / f"{name}-{base}-{steps}{'' if start is None else '-continued'}"
+    out = RUNS / f"{name}-{base}-{steps}{f'-seed{seed}' if seed else ''}{'' if start is None else '-continued'}"
     if not (out / WEIGHTS).exists():
-        profile = profile_of(variant, steps, base, continued=start is not None)
+        profile = profile_of(variant, steps, base, continued=start is not None, seed=seed)
         states = train_stage1(profile, out, resume=True, start=start)
         for state in tqdm(states, total=steps, desc=variant, unit="step", mininterval=5):
             last = state
@@ -196,9 +200,29 @@ def margin(ours: list[dict], other: list[dict]) -> float:
     return min((float(np.interp(p["contrast_kept"], contrast, psnr)) - p["psnr"] for p in shared), default=np.inf)
 
 
-def report(found: dict, targets: Targets) -> None:
+def over_seeds(seeds: list[dict[str, dict]]) -> dict[str, dict]:
+    """Mean over seeds, variant by variant: every patient's metrics and the curves; summaries over patients anew."""
+    found = {}
+    for name in HEADLINE:
+        each = [one[name] for one in seeds]
+        patients = mean_of([one["patients"] for one in each])
+        summary = {key: summarise([p[key] for p in patients]) for key in ("spet", "truth")}
+        found[name] = {"patients": patients, "summary": summary, "curve": mean_of([one["curve"] for one in each])}
+    return found
+
+
+def mean_of(alike: list) -> dict | list | str | float:
+    """Numbers averaged place by place through nested dicts and lists of one form; text is that of the first."""
+    first = alike[0]
+    if isinstance(first, dict):
+        return {key: mean_of([one[key] for one in alike]) for key in first}
+    if isinstance(first, list):
+        return [mean_of(list(place)) for place in zip(*alike, strict=True)]
+    return first if isinstance(first, str) else float(np.mean(alike))
+
+
+def report(variants: dict[str, dict], gaussians: list[dict], targets: Targets) -> None:
     """The rows of the headline comparison, paired over patients."""
-    variants = found["variants"]
     ours, concat, pet_only, unet = (variants[name]["patients"] for name in HEADLINE)
 
     def paired(first, second, metric="psnr", against="spet", condition="right MR"):
@@ -212,7 +236,7 @@ def report(found: dict, targets: Targets) -> None:
     targets.add("concat_leak", leak[0] / leak[1])
     targets.add("concat_contrast", *metrics.mean_ci(paired(ours, concat, "contrast_kept")))
     mine, *others = (variants[name]["curve"] for name in (HEADLINE[0], HEADLINE[1], HEADLINE[3]))
-    targets.add("tradeoff", min(margin(mine, other) for other in (*others, found["gaussian"])))
+    targets.add("tradeoff", min(margin(mine, other) for other in (*others, gaussians)))
     for name, condition in (("other_mr_pet_only", "another patient's MR"), ("no_mr_pet_only", "no MR")):
         lost = [-x for x in paired(ours, pet_only, condition=condition)]
         targets.add(name, *metrics.mean_ci(lost))
@@ -233,23 +257,20 @@ def report_continued(variants: dict[str, dict], doses: dict[str, dict], targets:
     targets.add("dose_conditioned", *metrics.mean_ci(max(lost, key=np.mean)))
 
 
-def picture(found: dict, key: str, path: Path) -> None:
+def picture(variants: dict[str, dict], gaussians: list[dict], how: str, path: Path) -> None:
     """PSNR against lesion contrast kept: a curve for every model, so that nobody wins one by selling the other."""
     figure, axes = plt.subplots(figsize=(7, 5.2), facecolor="white", layout="constrained")
-    for index, (name, one) in enumerate(found[key].items()):
+    for index, (name, one) in enumerate(variants.items()):
         points = one["curve"]
         style = {"lw": 2.5} if index == 0 else {"lw": 1.2, "alpha": 0.9}
         axes.plot([p["contrast_kept"] for p in points], [p["psnr"] for p in points], "o-", ms=4, label=name, **style)
-    points = found["gaussian"]
-    axes.plot(
-        [p["contrast_kept"] for p in points], [p["psnr"] for p in points], "s--", ms=4, color="0.4", label="Gaussian"
-    )
-    n, steps = (found[f"setting of {key}"][what] for what in ("patients", "steps"))
-    start = f"from weights {found['setting of continued']['from'][:8]}, " if key == "continued" else ""
+    contrast, psnr = zip(*((p["contrast_kept"], p["psnr"]) for p in gaussians), strict=True)
+    axes.plot(contrast, psnr, "s--", ms=4, color="0.4", label="Gaussian")
+    n = len(next(iter(variants.values()))["patients"])
     axes.set(
         xlabel="contrast of PET-only lesions kept (SPET = 1)",
         ylabel="PSNR against SPET [dB]",
-        title=f"Trade-off by fidelity, DRF {DOSE}, n = {n} patients\n{start}{steps} steps each",
+        title=f"Trade-off by fidelity, DRF {DOSE}, n = {n} patients\n{how}",
     )
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
@@ -278,19 +299,26 @@ def doses_block(doses: dict[str, dict]) -> str:
 
 def main(
     variants: Annotated[list[str] | None, typer.Argument(help="names; default: all of them")] = None,
+    headline: Annotated[bool, typer.Option("--headline", help=f"only {', '.join(HEADLINE)}; longer")] = False,
     continued: Annotated[bool, typer.Option("--continued", help="take parts from the shipped weights")] = False,
-    steps: Annotated[int | None, typer.Option(help="the common budget; default 1000, with --continued 400")] = None,
+    seed: Annotated[int, typer.Option(help="of the headline comparison")] = 0,
+    steps: Annotated[int | None, typer.Option(help=f"the common budget; default {STEPS}")] = None,
     profile: Annotated[str, typer.Option(help="smoke for a try, cpu for numbers")] = "cpu",
     patients: Annotated[int, typer.Option(help="test patients")] = 6,
 ) -> None:
     """Train the variants at one budget and compare them on test patients."""
-    known, key = (CONTINUED, "continued") if continued else (VARIANTS, "variants")
+    if headline and continued:
+        raise typer.BadParameter("expected --headline or --continued, found both")
+    if seed and not headline:
+        raise typer.BadParameter("expected --headline with another seed: everything else is of one seed")
+    if continued and profile != "cpu":
+        raise typer.BadParameter("expected profile cpu with --continued: the shipped weights are of that size")
+    key = "headline" if headline else "continued" if continued else "variants"
+    known = {"headline": HEADLINE, "continued": CONTINUED, "variants": VARIANTS}[key]
     unknown = [name for name in variants or [] if name not in known]
     if unknown:
         raise typer.BadParameter(f"expected names out of {', '.join(known)}, found {unknown[0]!r}")
-    if continued and profile != "cpu":
-        raise typer.BadParameter("expected profile cpu with --continued: the shipped weights are of that size")
-    steps = steps or (400 if continued else 1000)
+    steps = steps or STEPS[key]
     start = load_pretrained("cpu") if continued else None
     cases = scans(TEST_ANATOMIES, patients, SLICES[False] if profile == "cpu" else 6, None, first=900_000)
     for scan in cases:
@@ -304,38 +332,50 @@ def main(
         if continued:
             found["doses"] = {}
     doses = found.setdefault("doses", {})
+    judgements = found[key].setdefault(str(seed), {}) if headline else found[key]
     found["gaussian"] = [
         {"fwhm": w, **point([(s, gaussian(s, w)) for s in cases])} for w in (3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
     ]
     for name in variants or known:
         with altered(name):
-            model = trained(name, steps, profile, start)
+            model = trained(name, steps, profile, start, seed)
             if name in ALONE:
                 both = {"all doses": trained("all parts", steps, profile, start), "alone": model}
                 doses[name] = by_dose(both, patients, ALONE[name])
                 write_json("ablations.json", found)
                 continue
             about = {"parameters": model.n_parameters, "minutes": model.card["training_minutes"]}
-            found[key][name] = about | judged(model, cases, blind=name == BLIND)
-        rows = {n: one["summary"]["spet"]["right MR"] for n, one in found[key].items()}
+            judgements[name] = about | judged(model, cases, blind=name == BLIND)
+        rows = {n: one["summary"]["spet"]["right MR"] for n, one in judgements.items()}
         print(as_table(f"{steps} steps, DRF {DOSE}, n = {patients}, against SPET", rows))
         if profile == "cpu":
             write_json("ablations.json", found)
-    needed = ("all parts", BLIND, *ALONE) if continued else HEADLINE
-    if profile != "cpu" or any(name not in found[key] | doses for name in needed):
-        return
-    goals, command = (CONTINUED_GOALS, "make ablations ARGS=--continued") if continued else (GOALS, "make ablations")
-    targets = Targets("evidence", goals, command)
-    if continued:
-        report_continued(found[key], doses, targets)
-        write_readme(readme_block(found[key]) + doses_block(doses), key)
-        picture(found, key, RESULTS / "tradeoff_continued.png")
-    else:
-        report(found, targets)
+    if profile == "cpu":
+        publish(found, key)
+
+
+def publish(found: dict, key: str) -> None:
+    """README block, picture and targets of one comparison, once all that they need is measured."""
+    steps = found[f"setting of {key}"]["steps"]
+    if key == "variants":
         write_readme(readme_block(found[key]), "ablations")
-        picture(found, key, RESULTS / "tradeoff.png")
-    targets.show()
-    targets.write()
+    elif key == "headline" and (seeds := [one for one in found[key].values() if one.keys() == set(HEADLINE)]):
+        variants = over_seeds(seeds)
+        targets = Targets("evidence", GOALS, "make ablations ARGS=--headline")
+        report(variants, found["gaussian"], targets)
+        write_readme(readme_block(variants), key)
+        how = f"{steps} steps from random weights, mean of {len(seeds)} seed{'s'[: len(seeds) > 1]}"
+        picture(variants, found["gaussian"], how, RESULTS / "tradeoff.png")
+        targets.show()
+        targets.write()
+    elif key == "continued" and found[key].keys() | found["doses"].keys() == CONTINUED.keys():
+        targets = Targets("evidence", CONTINUED_GOALS, "make ablations ARGS=--continued")
+        report_continued(found[key], found["doses"], targets)
+        write_readme(readme_block(found[key]) + doses_block(found["doses"]), key)
+        how = f"from weights {found['setting of continued']['from'][:8]}, {steps} steps each"
+        picture(found[key], found["gaussian"], how, RESULTS / "tradeoff_continued.png")
+        targets.show()
+        targets.write()
 
 
 if __name__ == "__main__":

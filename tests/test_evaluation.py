@@ -232,6 +232,57 @@ def test_variants_share_budget_data_and_seed(ablations):
         assert len({profile[key] for profile in profiles}) == 1, key
 
 
+def test_another_seed_is_another_cohort_and_nothing_else(ablations):
+    first, second = (ablations.profile_of("gated fusion", 100, seed=seed) for seed in (0, 1))
+    assert second == dataclasses.replace(first, seed=1)
+
+
+def test_the_headline_is_paired_over_patients_and_averaged_over_seeds(ablations):
+    def judged(psnr, contrast, leak):
+        conditions = {"right MR": 0.0, "another patient's MR": -0.5, "no MR": -0.25}
+        patients = [
+            {
+                "name": f"patient {index}",
+                "spet": {
+                    name: {"psnr": psnr + index + lost, "contrast_kept": contrast} for name, lost in conditions.items()
+                },
+                "truth": {name: {"mr_leak": leak} for name in conditions},
+            }
+            for index in range(3)
+        ]
+        return {"patients": patients, "curve": [{"contrast_kept": c, "psnr": psnr - c} for c in (0.5, 1.0)]}
+
+    others = {"MR concatenated": judged(25.5, 0.5, 0.4), "PET only": judged(25.0, 0.5, 0.1)}
+    others["regression U-Net, PET + MR"] = judged(25.75, 0.5, 0.4)
+    seeds = [{"gated fusion": judged(psnr, 0.75, leak)} | others for psnr, leak in ((25.0, 0.0), (27.0, 0.2))]
+    variants = ablations.over_seeds(seeds)
+    ours = variants["gated fusion"]
+    assert ours["summary"]["spet"]["right MR"]["psnr"]["mean"] == pytest.approx(26 + 1)  # patients: + 0, 1, 2
+    assert ours["summary"]["spet"]["no MR"]["psnr"]["n"] == 3
+    assert [p["name"] for p in ours["patients"]] == [f"patient {index}" for index in range(3)]
+
+    rows = {}
+
+    class Rows:
+        def add(self, name, value, ci95=None):
+            rows[name] = value
+
+    ablations.report(variants, [{"contrast_kept": 0.75, "psnr": 25.0}], Rows())
+    assert rows == pytest.approx(
+        {
+            "matched_unet": 0.25,
+            "pet_only": 1.0,
+            "concat_psnr": 0.5,
+            "concat_leak": 0.25,
+            "concat_contrast": 0.25,
+            "tradeoff": 0.25,  # 26 less the contrast, against 25.75 less it: U-Net; as far: Gaussian
+            "other_mr_pet_only": -0.5,
+            "no_mr_pet_only": -0.75,
+        }
+    )
+    assert set(rows) == set(ablations.GOALS)
+
+
 @pytest.mark.parametrize("part", ["no gate", "no similarity", "no coarse estimate"])
 def test_a_part_that_no_profile_switches_off_is_gone_within_and_back_after(ablations, part):
     model = MFdiff.from_profile(load_profile("smoke"))
