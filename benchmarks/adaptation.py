@@ -178,9 +178,7 @@ def readme_block(shifts: dict[str, dict]) -> str:
 
 
 def cohort_block(found: dict) -> str:
-    """PSNR [dB] on the target: adapted to itself, and to other patients of its scanner; empty before it is measured."""
-    if not found["cohort"]:
-        return ""
+    """PSNR [dB] on the target: adapted to itself, and to other patients of its shift."""
     lines = ["", "| adapted to | " + " | ".join(f"{shift}: split | sure" for shift in found["cohort"]) + " |"]
     lines.append("|---" * (1 + 2 * len(found["cohort"])) + "|")
     for title, rows in (("the scan itself", "shifts"), (f"{OTHERS} other patients, without their SPETs", "cohort")):
