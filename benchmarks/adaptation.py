@@ -1,6 +1,6 @@
 """Stage 2 on OOD emulations: what adapting to one scan without a standard-dose image gains, and what it costs.
 
-    make adaptation                                         # what is not measured yet, 12 to 18 minutes a shift
+    make adaptation                                         # what is not measured yet, 8 to 18 minutes a shift
     python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay
     python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
@@ -144,7 +144,7 @@ def report(found: dict, targets: Targets) -> None:
 
 def picture(shifts: dict[str, dict]) -> None:
     """PSNR over stage 1 by shift, on the target and in distribution."""
-    figure, axes = plt.subplots(figsize=(9, 4.2), facecolor="white", layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.6), facecolor="white", layout="constrained")
     bars = {
         "split (no SPET)": (gained(shifts, "split"), "tab:blue"),
         "sure (no SPET)": (gained(shifts, "sure"), "tab:cyan"),
@@ -155,7 +155,7 @@ def picture(shifts: dict[str, dict]) -> None:
     for index, (name, (values, colour)) in enumerate(bars.items()):
         axes.bar(place + 0.2 * index - 0.3, values, 0.2, label=name, color=colour)
     axes.axhline(0, color="black", lw=0.8)
-    axes.set_xticks(place, [name.replace("+", " +\n") for name in shifts], rotation=20, ha="right")
+    axes.set_xticks(place, [name.replace("+", " +\n") for name in shifts], rotation=30, ha="right")
     axes.set(ylabel="PSNR over stage 1 [dB]", title=f"Stage 2 on OOD emulations, one scan each, DRF {DOSE}")
     axes.legend(fontsize=8)
     figure.savefig(RESULTS / "adaptation.png", dpi=100)
