@@ -9,7 +9,7 @@ Every variant gets the same data, steps, batches, seed and, where a part is repl
 parameters within 3 %. Trained in runs/ablations/, cut runs go on. No setting is chosen here: all variants are judged
 once on the test patients of `make results`. Writes results/ablations.json, results/tradeoff*.png and rows of group
 "evidence" in results/targets.json. A short budget from random weights ranks what is learned first; it does not tell
-what long training reaches. `--headline` goes four times as far, and averages over the seeds measured so far: another
+what long training reaches. `--headline` goes three times as far, and averages over the seeds measured so far: another
 seed means other simulated patients, other weights to start from, other batches. `--continued` starts from the shipped
 weights: whoever can do without a part makes up for it in these steps.
 """
@@ -43,7 +43,7 @@ from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json,
 
 K = 4  # samples of a restoration
 HEADLINE = ("gated fusion", "MR concatenated", "PET only", "regression U-Net, PET + MR")
-STEPS = {"variants": 500, "headline": 2000, "continued": 400}
+STEPS = {"variants": 500, "headline": 1500, "continued": 400}
 BUDGET = f"all trained alike for {STEPS['headline']} steps"
 FULL = "both trained on alike from the weights named in results/ablations.json"
 GOALS = {

@@ -106,7 +106,9 @@ class GatedFusion(nn.Module):
         self.position = nn.Parameter(nearness())
         self.refine = nn.Conv2d(channels, channels, 1, bias=False)
         self.gate = nn.Conv2d(2 * channels + HEADS, channels, 3, padding=1)
-        nn.init.constant_(self.gate.bias, -1.0)  # start mostly closed: MR has to earn its way in
+        for weight in (self.key_value.weight[channels:], self.refine.weight):
+            nn.init.kaiming_uniform_(weight, nonlinearity="linear")  # r as strong as m, or the MR is not learned from
+        nn.init.zeros_(self.gate.bias)  # start half open
 
     def forward(self, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pn, mn = F.instance_norm(p), F.instance_norm(m)

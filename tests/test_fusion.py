@@ -146,6 +146,17 @@ def test_a_closed_gate_returns_the_pet_features_exactly():
     assert torch.equal(fused, p) and gate.max() == 0
 
 
+def test_at_the_start_the_mr_comes_through_as_strong_as_it_is_and_the_gate_is_half_open():
+    """Weaker values or a gate nearly closed, and 500 steps of training learn nothing from the MR."""
+    torch.manual_seed(4)
+    fuse, (p, m) = GatedFusion(64), torch.randn(2, 4, 64, 16, 16)
+    with torch.no_grad():
+        values, gate = fuse.key_value(m)[:, 64:], fuse(p, m)[1]
+        refined = fuse.refine(values)
+    assert values.std().item() == pytest.approx(1, rel=0.1) and refined.std().item() == pytest.approx(1, rel=0.15)
+    assert gate.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
 def test_gate_and_similarity_stay_in_range(fusion):
     fused = fusion(5 * randn(2, 3, 32, 64), 5 * randn(2, 3, 32, 64, seed=1), torch.tensor([4.0, 100.0]))
     assert 0 <= fused.gate.min() and fused.gate.max() <= 1
