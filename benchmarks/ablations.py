@@ -364,7 +364,7 @@ def publish(found: dict, key: str) -> None:
         targets = Targets("evidence", GOALS, "make ablations ARGS=--headline")
         report(variants, found["gaussian"], targets)
         write_readme(readme_block(variants), key)
-        how = f"{steps} steps from random weights, mean of {len(seeds)} seed{'s'[: len(seeds) > 1]}"
+        how = f"{steps} steps from random weights, {'one seed' if len(seeds) == 1 else f'mean of {len(seeds)} seeds'}"
         picture(variants, found["gaussian"], how, RESULTS / "tradeoff.png")
         targets.show()
         targets.write()

@@ -147,13 +147,16 @@ def benchmarks():
         sys.modules["results"] = before
 
 
-@pytest.mark.parametrize("block", ["results", "evidence", "ablations", "continued", "adaptation"])
+@pytest.mark.parametrize("block", ["results", "evidence", "headline", "ablations", "continued", "adaptation"])
 def test_the_readme_shows_what_the_results_files_hold(benchmarks, block):
-    file = {"results": "restore", "continued": "ablations"}.get(block, block)
+    file = {"results": "restore", "headline": "ablations", "continued": "ablations"}.get(block, block)
     stored = json.loads((ROOT / "results" / f"{file}.json").read_text())
     made = {
         "results": lambda script: script["results"].readme_block(stored["tables"], stored["setting"]),
         "evidence": lambda script: script["evidence"].readme_block(stored),
+        "headline": lambda script: script["ablations"].readme_block(
+            script["ablations"].over_seeds(list(stored["headline"].values()))
+        ),
         "ablations": lambda script: script["ablations"].readme_block(stored["variants"]),
         "continued": lambda script: (
             script["ablations"].readme_block(stored["continued"]) + script["ablations"].doses_block(stored["doses"])
