@@ -44,7 +44,7 @@ from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json,
 K = 4  # samples of a restoration
 HEADLINE = ("gated fusion", "MR concatenated", "PET only", "regression U-Net, PET + MR")
 STEPS = {"variants": 500, "headline": 1500, "continued": 400}
-BUDGET = f"all trained alike for {STEPS['headline']} steps"
+BUDGET = "all trained alike for the steps of the headline in results/ablations.json"
 FULL = "both trained on alike from the weights named in results/ablations.json"
 GOALS = {
     "matched_unet": (f"PSNR over the regression U-Net of the same size, PET + MR; {BUDGET}", "dB", ">=", -0.1, 0.2),
@@ -198,6 +198,11 @@ def margin(ours: list[dict], other: list[dict]) -> float:
     contrast, psnr = zip(*sorted((p["contrast_kept"], p["psnr"]) for p in ours), strict=True)
     shared = [p for p in other if contrast[0] <= p["contrast_kept"] <= contrast[-1]]
     return min((float(np.interp(p["contrast_kept"], contrast, psnr)) - p["psnr"] for p in shared), default=np.inf)
+
+
+def complete(seeds: dict[str, dict]) -> list[dict]:
+    """The seeds of which no variant is missing."""
+    return [one for one in seeds.values() if one.keys() == set(HEADLINE)]
 
 
 def over_seeds(seeds: list[dict[str, dict]]) -> dict[str, dict]:
@@ -357,9 +362,9 @@ def main(
 def publish(found: dict, key: str) -> None:
     """README block, picture and targets of one comparison, once all that they need is measured."""
     steps = found[f"setting of {key}"]["steps"]
-    if key == "variants":
+    if key == "variants" and found[key].keys() >= set(HEADLINE):
         write_readme(readme_block(found[key]), "ablations")
-    elif key == "headline" and (seeds := [one for one in found[key].values() if one.keys() == set(HEADLINE)]):
+    elif key == "headline" and (seeds := complete(found[key])):
         variants = over_seeds(seeds)
         targets = Targets("evidence", GOALS, "make ablations ARGS=--headline")
         report(variants, found["gaussian"], targets)

@@ -107,7 +107,7 @@ class GatedFusion(nn.Module):
         self.refine = nn.Conv2d(channels, channels, 1, bias=False)
         self.gate = nn.Conv2d(2 * channels + HEADS, channels, 3, padding=1)
         for weight in (self.key_value.weight[channels:], self.refine.weight):
-            nn.init.kaiming_uniform_(weight, nonlinearity="linear")  # r as strong as m, or the MR is not learned from
+            nn.init.kaiming_uniform_(weight, nonlinearity="linear")  # as strong as m, or it is not learned from
         nn.init.zeros_(self.gate.bias)  # start half open
 
     def forward(self, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:

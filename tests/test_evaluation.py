@@ -155,7 +155,7 @@ def test_the_readme_shows_what_the_results_files_hold(benchmarks, block):
         "results": lambda script: script["results"].readme_block(stored["tables"], stored["setting"]),
         "evidence": lambda script: script["evidence"].readme_block(stored),
         "headline": lambda script: script["ablations"].readme_block(
-            script["ablations"].over_seeds(list(stored["headline"].values()))
+            script["ablations"].over_seeds(script["ablations"].complete(stored["headline"]))
         ),
         "ablations": lambda script: script["ablations"].readme_block(stored["variants"]),
         "continued": lambda script: (
@@ -258,6 +258,7 @@ def test_the_headline_is_paired_over_patients_and_averaged_over_seeds(ablations)
     others = {"MR concatenated": judged(25.5, 0.5, 0.4), "PET only": judged(25.0, 0.5, 0.1)}
     others["regression U-Net, PET + MR"] = judged(25.75, 0.5, 0.4)
     seeds = [{"gated fusion": judged(psnr, 0.75, leak)} | others for psnr, leak in ((25.0, 0.0), (27.0, 0.2))]
+    assert ablations.complete({"0": seeds[0], "1": others, "2": seeds[1]}) == seeds
     variants = ablations.over_seeds(seeds)
     ours = variants["gated fusion"]
     assert ours["summary"]["spet"]["right MR"]["psnr"]["mean"] == pytest.approx(26 + 1)  # patients: + 0, 1, 2
