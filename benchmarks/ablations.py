@@ -28,22 +28,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
+from einops import repeat
 from scipy import ndimage
 from tqdm import tqdm
 
 from mfdiff_lite import fusion, metrics
 from mfdiff_lite.baselines import gaussian
 from mfdiff_lite.config import TEST_ANATOMIES, Profile, load_profile
+from mfdiff_lite.diffusion import diffuse, sample, velocity
 from mfdiff_lite.evaluation import another_mr, evaluate, score, summarise
-from mfdiff_lite.fusion import GatedFusion, local_correlation
-from mfdiff_lite.model import FIDELITY_SD, MFdiff, load_model, load_pretrained
+from mfdiff_lite.fusion import Fused, GatedFusion, local_correlation
+from mfdiff_lite.model import FIDELITY_SD, START, STEPS, MFdiff, load_model, load_pretrained, residual_sd
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.training import WEIGHTS, train_stage1
 from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json, write_readme
 
 K = 4  # samples of a restoration
 HEADLINE = ("gated fusion", "MR concatenated", "PET only", "regression U-Net, PET + MR")
-STEPS = {"variants": 500, "headline": 1500, "continued": 400}
+BUDGETS = {"variants": 500, "headline": 1500, "continued": 400}
 BUDGET = "all trained alike for the steps of the headline in results/ablations.json"
 FULL = "both trained on alike from the weights named in results/ablations.json"
 GOALS = {
@@ -78,6 +80,7 @@ VARIANTS: dict[str, dict] = {
     "regression U-Net, PET + MR": {"fusion": "concat", **UNET},
     "regression U-Net, PET": {"fusion": "pet", **UNET},
     "no coarse estimate": {},
+    "no residual": {},
     "no MR dropout or swap": {"no_mr": 0.0, "wrong_mr": 0.0},
     "no lesion weight": {"lesion_weight": 0.0},
     "one slice": {"context": 1},
@@ -95,6 +98,7 @@ CONTINUED: dict[str, dict] = {
 }
 ALONE = {f"DRF {dose} alone": dose for dose in (4, 20, 100)}  # models of one dose
 CONTINUED |= {name: {"dose_range": (float(dose), float(dose)), "patients": 160} for name, dose in ALONE.items()}
+WHOLE_SD = 0.5  # of the scaled activity in a slice, rough: makes the image of order 1 for the denoiser
 SCHEDULE = {"learning_rate": 4e-4, "warmup": 50}  # of CONTINUED
 
 
@@ -112,18 +116,54 @@ def _without_coarse(self: MFdiff, *batch: torch.Tensor) -> dict[str, torch.Tenso
     return {"diffusion": _losses(self, *batch)["diffusion"]}  # the head stays at zero: coarse is a fixed Gaussian
 
 
+def _losses_of_whole(self: MFdiff, batch: dict, t: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The denoiser generates the image itself, not what the coarse estimate lacks."""
+    fused = self.fusion(batch["lpet"], batch["mr"], batch["dose"])
+    weight = batch["weight"] / batch["weight"].mean()
+    lacking = (batch["spet"] - fused.coarse) / residual_sd(batch["dose"])
+    x0 = batch["spet"] / WHOLE_SD
+    v = self._denoise(diffuse(x0, noise, t, self.schedule), t, batch["lpet"], fused.feature, batch["dose"])
+    wrong = v - velocity(x0, noise, t, self.schedule)
+    return {"coarse": (weight * lacking**2).mean(), "diffusion": (weight * wrong**2).mean()}
+
+
+@torch.no_grad()
+def _restore_whole(
+    self: MFdiff, lpet, mr, dose, noise, steps=STEPS, start=START, method="dpm++", generator=None
+) -> tuple[torch.Tensor, Fused]:
+    """Its samples; the warm start begins at the coarse estimate, as with the residual."""
+    fused, k = self.fusion(lpet, mr, dose), noise.shape[1]
+    lpets, features, doses, guess = (
+        repeat(x, "b ... -> (b k) ...", k=k) for x in (lpet, fused.feature, dose, fused.coarse / WHOLE_SD)
+    )
+    drawn = sample(
+        lambda xt, t: self._denoise(xt, t, lpets, features, doses),
+        noise.flatten(0, 1)[:, None],
+        self.schedule,
+        steps,
+        start,
+        method,
+        guess,
+        generator,
+    )
+    return WHOLE_SD * drawn.unflatten(0, (-1, k))[:, :, 0], fused
+
+
 _fuse, _losses = GatedFusion.forward, MFdiff.forward
-ALTERED: dict[str, tuple[object, str, Callable]] = {  # what no profile can switch off: where, which name, by what
-    "no gate": (GatedFusion, "forward", _without_gate),
-    "no similarity": (fusion, "local_correlation", _without_similarity),
-    "no coarse estimate": (MFdiff, "forward", _without_coarse),
+ALTERED: dict[str, list[tuple[object, str, Callable]]] = {  # what no profile switches off: where, which name, by what
+    "no gate": [(GatedFusion, "forward", _without_gate)],
+    "no similarity": [(fusion, "local_correlation", _without_similarity)],
+    "no coarse estimate": [(MFdiff, "forward", _without_coarse)],
+    "no residual": [(MFdiff, "forward", _losses_of_whole), (MFdiff, "restore_slices", _restore_whole)],
 }
 
 
 @contextlib.contextmanager
 def altered(variant: str) -> Iterator[None]:
     """The library without the variant's part, while it is trained and while it restores."""
-    with patch.object(*ALTERED[variant]) if variant in ALTERED else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        for replaced in ALTERED.get(variant, []):
+            stack.enter_context(patch.object(*replaced))
         yield
 
 
@@ -307,7 +347,7 @@ def main(
     headline: Annotated[bool, typer.Option("--headline", help=f"only {', '.join(HEADLINE)}; longer")] = False,
     continued: Annotated[bool, typer.Option("--continued", help="take parts from the shipped weights")] = False,
     seed: Annotated[int, typer.Option(help="of the headline comparison")] = 0,
-    steps: Annotated[int | None, typer.Option(help=f"the common budget; default {STEPS}")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"the common budget; default {BUDGETS}")] = None,
     profile: Annotated[str, typer.Option(help="smoke for a try, cpu for numbers")] = "cpu",
     patients: Annotated[int, typer.Option(help="test patients")] = 6,
 ) -> None:
@@ -323,7 +363,7 @@ def main(
     unknown = [name for name in variants or [] if name not in known]
     if unknown:
         raise typer.BadParameter(f"expected names out of {', '.join(known)}, found {unknown[0]!r}")
-    steps = steps or STEPS[key]
+    steps = steps or BUDGETS[key]
     start = load_pretrained("cpu") if continued else None
     cases = scans(TEST_ANATOMIES, patients, SLICES[False] if profile == "cpu" else 6, None, first=900_000)
     for scan in cases:

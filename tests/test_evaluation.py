@@ -305,3 +305,29 @@ def test_a_part_that_no_profile_switches_off_is_gone_within_and_back_after(ablat
     with ablations.altered(part):
         assert seen() == tuple(part == one for one in ("no gate", "no similarity", "no coarse estimate"))
     assert seen() == (False, False, False)
+
+
+def test_without_residual_the_denoiser_generates_the_image_itself(ablations):
+    model = MFdiff.from_profile(load_profile("smoke"))  # its heads start at zero: v = 0 and coarse = the Gaussian
+    generator = torch.Generator().manual_seed(0)
+    lpet, mr = torch.rand(2, 1, 3, 64, 64, generator=generator)
+    spet = torch.rand(1, 1, 64, 64, generator=generator)
+    noise = torch.randn(1, 2, 64, 64, generator=generator)
+    batch = {"lpet": lpet, "mr": mr, "dose": torch.tensor([20.0]), "spet": spet, "weight": torch.ones_like(spet)}
+    t = torch.tensor([5])
+    with_residual = model(batch, t, noise[:, :1])
+    with ablations.altered("no residual"):
+        losses = model(batch, t, noise[:, :1])
+        a = model.schedule.alpha_bar(t, noise)
+        wanted = (a.sqrt() * noise[:, :1] - (1 - a).sqrt() * spet / ablations.WHOLE_SD).square().mean()
+        assert losses["diffusion"].item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert losses["coarse"].item() == pytest.approx(with_residual["coarse"].item(), rel=1e-5)
+
+        def perfect(xt, time, *_):  # knows the image
+            a = model.schedule.alpha_bar((time * model.schedule.length).round().long(), xt)
+            return (a.sqrt() * xt - spet / ablations.WHOLE_SD) / (1 - a).sqrt()
+
+        model._denoise = lambda xt, now, *rest: perfect(xt, now / model.schedule.length)
+        drawn, _ = model.restore_slices(lpet, mr, batch["dose"], noise)
+        assert drawn.shape == noise.shape
+        assert torch.allclose(drawn, spet.expand_as(drawn), atol=1e-4)
