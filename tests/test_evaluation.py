@@ -16,7 +16,7 @@ from mfdiff_lite import metrics
 from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.config import load_profile
 from mfdiff_lite.evaluation import Table, another_mr, audit_mr, brain_mask, compare, evaluate, summarise
-from mfdiff_lite.model import MFdiff
+from mfdiff_lite.model import MFdiff, load_model, load_pretrained
 from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Lesion, Scan
 
@@ -323,11 +323,27 @@ def test_without_residual_the_denoiser_generates_the_image_itself(ablations):
         assert losses["diffusion"].item() == pytest.approx(wanted.item(), rel=1e-5)
         assert losses["coarse"].item() == pytest.approx(with_residual["coarse"].item(), rel=1e-5)
 
-        def perfect(xt, time, *_):  # knows the image
-            a = model.schedule.alpha_bar((time * model.schedule.length).round().long(), xt)
+        begun = []
+
+        def perfect(xt, t, *_):  # knows the image
+            begun.append(xt)
+            a = model.schedule.alpha_bar(t, xt)
             return (a.sqrt() * xt - spet / ablations.WHOLE_SD) / (1 - a).sqrt()
 
-        model._denoise = lambda xt, now, *rest: perfect(xt, now / model.schedule.length)
-        drawn, _ = model.restore_slices(lpet, mr, batch["dose"], noise)
-        assert drawn.shape == noise.shape
-        assert torch.allclose(drawn, spet.expand_as(drawn), atol=1e-4)
+        model._denoise = perfect
+        drawn, fused = model.restore_slices(lpet, mr, batch["dose"], noise)
+    assert drawn.shape == noise.shape
+    assert torch.allclose(drawn, spet.expand_as(drawn), atol=1e-4)
+    a = model.schedule.alpha_bar(torch.tensor([model.schedule.times(6, 0.9)[0]]), noise)
+    warm = a.sqrt() * fused.coarse / ablations.WHOLE_SD + (1 - a).sqrt() * noise
+    assert torch.allclose(begun[0].transpose(0, 1), warm, atol=1e-5), "the warm start is the coarse estimate"
+
+
+def test_the_next_weights_are_whole_and_as_far_ahead_as_the_readme_says():
+    ahead, shipped = load_model(ROOT / "results" / "next" / "stage1.safetensors", "cpu"), load_pretrained("cpu")
+    assert ahead.settings == shipped.settings and ahead.fingerprint != shipped.fingerprint
+    new, old = (one.card["validation_psnr_db"][-1] for one in (ahead, shipped))
+    assert new["lpet"] == old["lpet"], "another validation set"
+    readme = (ROOT / "README.md").read_text()
+    assert f"{new['mean'] - old['mean']:.2f} dB ahead" in readme
+    assert f"({new['mean']:.2f} against {old['mean']:.2f} dB" in readme
