@@ -16,7 +16,7 @@ from mfdiff_lite import metrics
 from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.config import load_profile
 from mfdiff_lite.evaluation import Table, another_mr, audit_mr, brain_mask, compare, evaluate, summarise
-from mfdiff_lite.model import MFdiff, load_model, load_pretrained
+from mfdiff_lite.model import MFdiff
 from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.scan import Lesion, Scan
 
