@@ -177,7 +177,8 @@ def trained(variant: str, steps: int, base: str, start: MFdiff | None = None, se
     """The variant's averaged weights, trained now or taken from a finished run. start: what a CONTINUED one starts
     from."""
     name = re.sub(r"[^a-z0-9]+", "-", variant.lower())
-    out = RUNS / f"{name}-{base}-{steps}{f'-seed{seed}' if seed else ''}{'' if start is None else '-continued'}"
+    origin = "" if start is None else f"-from-{start.fingerprint[:8]}"  # other weights, another run
+    out = RUNS / f"{name}-{base}-{steps}{f'-seed{seed}' if seed else ''}{origin}"
     if not (out / WEIGHTS).exists():
         profile = profile_of(variant, steps, base, continued=start is not None, seed=seed)
         states = train_stage1(profile, out, resume=True, start=start)

@@ -240,6 +240,21 @@ def test_another_seed_is_another_cohort_and_nothing_else(ablations):
     assert second == dataclasses.replace(first, seed=1)
 
 
+def test_what_trains_on_from_other_weights_is_another_run(ablations, monkeypatch, tmp_path):
+    places = []
+
+    def trains(profile, out, **options):
+        places.append(out)
+        return [SimpleNamespace(validation=[])]
+
+    monkeypatch.setattr(ablations, "RUNS", tmp_path)
+    monkeypatch.setattr(ablations, "train_stage1", trains)
+    monkeypatch.setattr(ablations, "load_model", lambda path: None)
+    for letter in "aba":
+        ablations.trained("all parts", 1, "smoke", start=SimpleNamespace(fingerprint=letter * 64))
+    assert places[0] == places[2] != places[1], "or a new table would hold what older weights learned"
+
+
 def test_the_headline_is_paired_over_patients_and_averaged_over_seeds(ablations):
     def judged(psnr, contrast, leak):
         conditions = {"right MR": 0.0, "another patient's MR": -0.5, "no MR": -0.25}
