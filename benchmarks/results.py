@@ -356,8 +356,10 @@ def main(
         return check_stored(model)
     if cost:
         targets = Targets("restore", {name: GOALS[name] for name in COST}, "make results ARGS=--cost")
-        measure_cost(model, targets)
+        stored = json.loads((RESULTS / "restore.json").read_text())
+        stored |= {"cost": measure_cost(model, targets), "torch_threads": torch.get_num_threads()}
         targets.show()
+        write_json("restore.json", stored)
         return targets.write()
     targets, mean = Targets("restore", GOALS), f"mean of {samples}"
     chosen = choose_on_validation(model, quick)
