@@ -195,6 +195,14 @@ def test_targets_are_judged_by_their_own_numbers():
         assert row["command"] and row["revision"] and row["relation"]
 
 
+def test_the_stored_cost_is_that_of_the_targets():
+    rows = {row["id"]: row["value"] for row in json.loads((ROOT / "results" / "targets.json").read_text())}
+    small, large = json.loads((ROOT / "results" / "restore.json").read_text())["cost"]
+    assert rows["restore.volume_seconds"] == pytest.approx(large["seconds"], abs=1e-6)
+    assert rows["restore.peak_memory"] == pytest.approx(large["peak_gb"], abs=1e-6)
+    assert rows["restore.memory_growth"] == pytest.approx(large["peak_gb"] - small["peak_gb"], abs=1e-6)
+
+
 def test_the_stored_table_is_the_mean_of_the_stored_patients():
     stored = json.loads((ROOT / "results" / "restore.json").read_text())
     for table in stored["tables"].values():
