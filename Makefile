@@ -89,11 +89,13 @@ course-targets: $(STAMP_DEV)  ## measure what explorer, notebooks and book cost 
 anatomies: $(STAMP_DEV)  ## rebuild the embedded anatomies and compare with the stored files
 	$(PY) data/build_anatomies.py --check $(ARGS)
 
-lint: $(STAMP_DEV)  ## ruff
+lint: $(STAMP_DEV)  ## ruff and mypy
 	$(PY) -m ruff check . $(ARGS)
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy mfdiff_lite
 
 clean:  ## remove caches, the demo and executed notebooks, also as a site (keeps .venv and trained models)
-	rm -rf runs/demo runs/notebooks runs/book build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf runs/demo runs/notebooks runs/book build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
 # bin/pip is the last thing that venv writes, so a half-made .venv is completed on the next call.
@@ -111,10 +113,10 @@ define install
 endef
 
 $(STAMP): pyproject.toml $(if $(call stale,$(STAMP)),FORCE) | $(VENV)/bin/pip
-	$(call install,.)
+	$(call install,.[course])
 	@pwd -P > $@
 
-# [book] and [dev] hold everything that the plain install holds, and [dev] holds [book].
+# [book] holds [course], and [dev] holds both.
 $(STAMP_BOOK): pyproject.toml $(if $(call stale,$(STAMP_BOOK)),FORCE) | $(VENV)/bin/pip
 	$(call install,.[book])
 	@pwd -P > $(STAMP); pwd -P > $@

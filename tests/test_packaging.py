@@ -12,6 +12,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import mfdiff_lite
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +27,8 @@ LIBRARY = ROOT / "mfdiff_lite"
 # The house, ground floor first: a module imports only from modules that stand above it here. A new module is put in,
 # which is a decision about the design and not a way to silence the test.
 ORDER = [
+    "_revision",  # only in a wheel or an sdist: the build writes it
+    "revision",
     "config",
     "anatomy",
     "scan",
@@ -54,12 +59,17 @@ IMPORT_NAMES = {  # where the import is not the distribution's name with _ for -
 }
 
 
-def requirements(*groups: str) -> dict[str, Requirement]:
-    """Requirements of the package, or of the named extras, by canonical name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    texts = [t for g in groups for t in project["optional-dependencies"][g]] if groups else project["dependencies"]
-    found = [Requirement(text) for text in texts]
-    return {canonicalize_name(r.name): r for r in found}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """Requirements of the package with these extras, and with the extras that they name, by canonical name."""
+    found = {}
+    for text in [*PROJECT["dependencies"], *(t for e in extras for t in PROJECT["optional-dependencies"][e])]:
+        one = Requirement(text)
+        found |= requirements(*one.extras) if one.name == "mfdiff_lite" else {canonicalize_name(one.name): one}
+    return found
 
 
 def needed_here(requirement: Requirement) -> bool:
@@ -99,6 +109,8 @@ def sources(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".ipynb") and not hidden & set(p.parts))
 
 
+# The functions and classes of a syntax tree, which importing a module does not enter.
+DEFINED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 MODULES = sorted(LIBRARY.glob("*.py"))
 each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 
@@ -111,26 +123,30 @@ def test_environment_and_pyproject_agree():
     assert listed["name"] == "mfdiff_lite"
     plain = [Requirement(text) for text in listed["dependencies"] if isinstance(text, str)]
     conda = {CONDA_NAMES.get(r.name, canonicalize_name(r.name)): r.specifier for r in plain}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert str(conda.pop("python")) == project["requires-python"]
+    assert str(conda.pop("python")) == PROJECT["requires-python"]
     conda.pop("pip")
-    assert conda == {name: r.specifier for name, r in requirements().items()}
+    assert conda == {name: r.specifier for name, r in requirements("course", "train").items()}
     assert {"pip": ["-e .[dev]"]} in listed["dependencies"]
 
 
-@pytest.mark.parametrize("name", sorted(n for n, r in (requirements() | requirements("dev")).items() if needed_here(r)))
+@pytest.mark.parametrize("name", sorted(n for n, r in requirements("dev").items() if needed_here(r)))
 def test_every_requirement_can_be_imported(name):
     importlib.import_module(import_name(name))
 
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("mfdiff_lite", []), ("notebooks", []), ("data", []), ("benchmarks", ["dev", "bench"]), ("tests", ["dev"])],
+    [
+        ("mfdiff_lite", ["train"]),
+        ("notebooks", ["book"]),
+        ("data", ["course"]),
+        ("benchmarks", ["bench"]),
+        ("tests", ["dev"]),
+    ],
 )
 def test_every_import_is_a_declared_requirement(folder, extras):
-    declared = requirements() | (requirements(*extras) if extras else {})
     files = sources(ROOT / folder)
-    allowed = {import_name(name) for name in declared} | {"mfdiff_lite"} | {path.stem for path in files}
+    allowed = {import_name(name) for name in requirements(*extras)} | {"mfdiff_lite"} | {path.stem for path in files}
     allowed |= set(sys.stdlib_module_names)
     found = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
@@ -141,15 +157,26 @@ def test_every_import_is_a_declared_requirement(folder, extras):
     assert not found, f"not in pyproject.toml: {found}"
 
 
+def test_a_plain_install_holds_what_the_library_imports():
+    used = {name.split(".")[0] for path in sources(LIBRARY) for _, name in imports_of(tree_of(path))}
+    unused = {name for name in requirements() if import_name(name) not in used}
+    assert not unused, f"belongs into an extra: {unused}"
+    extra = {import_name(name) for name in set(requirements("train")) - set(requirements())}
+    for path in sources(LIBRARY):
+        at_import = ast.Module([node for node in tree_of(path).body if not isinstance(node, DEFINED)], [])
+        found = {name.split(".")[0] for _, name in imports_of(at_import)} & extra
+        assert not found or path.name == "training.py", f"{path.name}: import {found} where it is used"
+
+
 # Commands and papers
 
 
 def test_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    assert citation["version"] == project["version"]
-    assert citation["license"] == project["license"] == "MIT"
+    assert citation["version"] == mfdiff_lite.__version__
+    # The package's own licence; those of the embedded anatomies are in the metadata too.
+    assert citation["license"] == PROJECT["license"].split(" AND ")[0] == "MIT"
     paper = citation["preferred-citation"]
     assert paper["doi"] == "10.26599/TST.2026.90100027"
     assert [a["family-names"] for a in paper["authors"]] == ["Zhang", "Chen", "Tian", "Gao", "Jiang", "Fu"]
@@ -174,13 +201,82 @@ def test_readme_and_help_name_targets_that_exist():
     assert named <= targets, f"no such target: {named - targets}"
 
 
+def test_version_is_in_the_changelog():
+    release = Version(mfdiff_lite.__version__).base_version
+    versions = re.findall(r"^## \[(.*?)]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert versions[0] == release and versions == sorted(versions, key=Version, reverse=True)
+
+
+def test_licences_have_their_files():
+    files = {path.relative_to(ROOT) for pattern in PROJECT["license-files"] for path in ROOT.glob(pattern)}
+    names = PROJECT["license"].split(" AND ")
+    assert {Path("LICENSES", f"{name}.txt") for name in names if name != "MIT"} | {Path("LICENSE")} <= files
+    assert {Path("NOTICE"), Path("mfdiff_lite/anatomies/NOTICE.md")} <= files
+
+
 def test_package_data_is_listed():
     """Everything in the library's data folders ships, and nothing there is out of reach of package-data."""
-    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
-    patterns = tool["setuptools"]["package-data"]["mfdiff_lite"]
-    shipped = {path for pattern in patterns for path in LIBRARY.glob(pattern)}
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
+    shipped = {path for pattern in patterns for path in LIBRARY.rglob(pattern)}
     stored = {p for p in LIBRARY.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert shipped == stored
+
+
+# Continuous integration
+
+
+def commands_of(workflow: dict) -> str:
+    """All that a workflow runs, one command a line."""
+    runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    return re.sub(r"\\\n\s*", " ", "\n".join(runs))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_workflow_runs_what_exists(path):
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {"name", "jobs", True} <= set(workflow)  # YAML reads the key "on" as true
+    for name, job in workflow["jobs"].items():
+        assert job["runs-on"] and job["timeout-minutes"] <= 120, name
+        assert all(("uses" in step) != ("run" in step) for step in job["steps"]), f"{name}: a step does one thing"
+        assert set(job.get("needs", [])) <= set(workflow["jobs"]), name
+    commands = commands_of(workflow)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", commands)) <= targets
+    missing = [name for name in re.findall(r"\b(?:tests|\.ci)/[\w./]+", commands) if not (ROOT / name).exists()]
+    assert not missing
+    marks = {line.split(":")[0] for line in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    for chosen in re.findall(r"(?:pytest|ARGS)\b.*-m \"([^\"]*)\"", commands):
+        assert set(re.findall(r"\w+", chosen)) - {"not", "and", "or"} <= marks
+    extras = {name for group in re.findall(r"\.\[([\w,]+)]", commands) for name in group.split(",")}
+    assert extras <= set(PROJECT["optional-dependencies"])
+
+
+def test_ci_covers_the_versions_that_are_promised():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    promised = {c.split()[-1] for c in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", c)}
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert {str(version) for version in matrix["python"]} == promised
+    assert min(promised, key=Version) == PROJECT["requires-python"].removeprefix(">=")
+    assert {entry["os"].split("-")[0] for entry in matrix["include"]} == {"macos", "windows"}
+    assert {"lint", "minimum", "build"} <= set(jobs)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_github_settings_are_yaml(path):
+    assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+def test_pre_commit_checks_with_the_tools_of_the_dev_extra():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    local = {hook["id"]: hook for repo in hooks["repos"] if repo["repo"] == "local" for hook in repo["hooks"]}
+    dev = PROJECT["optional-dependencies"]["dev"]
+    for name in ("ruff", "ruff-format"):
+        assert set(local[name]["additional_dependencies"]) <= set(dev)
+    stored = re.compile(local["notebook-outputs"]["entry"])
+    assert stored.search('   "execution_count": 3,') and stored.search('   "outputs": [')
+    files = [path for path in sources(ROOT / "notebooks") if path.suffix == ".ipynb"]
+    assert not [p.name for p in files if any(map(stored.search, p.read_text(encoding="utf-8").splitlines()))]
 
 
 # Architecture
@@ -231,8 +327,7 @@ def test_module_imports_nothing_out_of_place(path):
 @each_module
 def test_public_names_have_docstrings(path):
     tree = tree_of(path)
-    defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    bare = [n.name for n in tree.body if isinstance(n, defined) and n.name[0] != "_" and not ast.get_docstring(n)]
+    bare = [n.name for n in tree.body if isinstance(n, DEFINED) and n.name[0] != "_" and not ast.get_docstring(n)]
     assert not bare, f"{path.name}: no docstring: {bare}"
     assert ast.get_docstring(tree), f"{path.name} does not say what it is about"
 
