@@ -3,10 +3,12 @@
     python notebooks/run.py --profile cpu --out runs/book/executed
     python notebooks/book.py runs/book/executed --out runs/book/html
 
-The site needs no server and loads nothing from elsewhere: open OUT/index.html.
+One page more has the library's public names and their docstrings. The site needs no server and loads nothing from
+elsewhere: open OUT/index.html.
 """
 
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -19,13 +21,19 @@ import nbformat
 import typer
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+import mfdiff_lite
+
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\[([^][]*)]\(([^)\s#:]+)(?:#[^)\s]*)?\)")  # [text](file#place) with a relative file
 ABOUT = re.compile(r"^\| \[.*]\(notebooks/(\w+\.ipynb)\) \| (.*) \|$", re.MULTILINE)  # a row of the README's table
-CONF = '''
+CONF = r'''
+import re
+
 project = html_title = "mfdiff_lite"
 language = "en"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx.ext.autodoc"]
+autodoc_preserve_defaults = True
+toc_object_entries_show_parents = "hide"
 html_theme = "furo"
 html_theme_options = {"announcement": "For teaching and research. Not a medical device."}
 html_static_path = html_css_files = ["book.css"]
@@ -52,8 +60,29 @@ def formula(writer, node):
     raise SkipNode
 
 
+def prose(app, what, name, thing, options, lines):
+    """The library's docstrings are plain text: `code` is all their markup, and what is set in columns stays so."""
+    blocks = re.split(r"\n\s*\n", "\n".join(lines).strip("\n"))
+    lines.clear()
+    for rows in map(str.splitlines, blocks):
+        if all(row.startswith("    ") for row in rows) or any("   " in row.strip() for row in rows):
+            lines += ["::", "", *("    " + row for row in rows), ""]
+        else:
+            parts = re.split(r"`([^`]+)`", " ".join(map(str.strip, rows)))
+            parts[::2] = [re.sub(r"([^\w\s])", r"\\\1", part) for part in parts[::2]]
+            parts[1::2] = [rf"\ ``{part}``\ " for part in parts[1::2]]
+            lines += ["".join(parts), ""]
+
+
+def signature(app, what, name, thing, options, arguments, result):
+    """A dataclass shows a default that it makes anew as "<factory>", which Sphinx cannot parse."""
+    return arguments and arguments.replace("<factory>", "..."), result
+
+
 def setup(app):
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
+    app.connect("autodoc-process-docstring", prose)
+    app.connect("autodoc-process-signature", signature)
 '''
 CSS = """
 .content { width: 58em }  /* a line of code has up to 120 characters */
@@ -67,6 +96,17 @@ CSS = """
 
 class BookError(Exception):
     """The book cannot be made; `str()` is one sentence that says what to do."""
+
+
+def library_page() -> str:
+    """Every public name under the module that it comes from; Sphinx fills in signatures and docstrings."""
+    rows = ["The library", "===========", "", "The public names of ``mfdiff_lite``, by the module that holds them.", ""]
+    for module, names in mfdiff_lite._PUBLIC.items():
+        rows += [module, "-" * len(module), "", f".. automodule:: mfdiff_lite.{module}", "   :no-index:", ""]
+        for name in names:
+            kind = "class" if inspect.isclass(getattr(mfdiff_lite, name)) else "function"
+            rows += [f".. auto{kind}:: mfdiff_lite.{name}", *["   :members:"] * (kind == "class"), ""]
+    return "\n".join(rows)
 
 
 def write_sources(executed: Path, source: Path) -> None:
@@ -108,10 +148,16 @@ def write_sources(executed: Path, source: Path) -> None:
     about = dict(ABOUT.findall(readme))
     rows = [f"| [{path.stem}](notebooks/{path.name}) | {about.get(path.name, '')} |" for path in copies]
     index = [readme.split("\n## ")[0], "## The notebooks", f"Executed with profile {', '.join(sorted(profiles))}.", ""]
-    index += ["| | |", "|---|---|", *rows, ""]
+    index += ["| | |", "|---|---|", *rows, "", "Every public name: [the library](library.rst).", ""]
     listed = [page.with_suffix("").as_posix() if page.name != "README.md" else "Read me <README>" for page, _ in pages]
+    listed.insert(len(copies), "The library <library>")
     index += ["```{toctree}", ":hidden:", "", *listed, "```", ""]
-    for name, text in (("index.md", "\n".join(index)), ("conf.py", CONF), ("book.css", CSS)):
+    for name, text in (
+        ("index.md", "\n".join(index)),
+        ("conf.py", CONF),
+        ("book.css", CSS),
+        ("library.rst", library_page()),
+    ):
         (source / name).write_text(text, encoding="utf-8")
 
 

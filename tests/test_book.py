@@ -1,6 +1,7 @@
 """The course as a web site (notebooks/book.py): everything in place, and nothing fetched from elsewhere."""
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from typer.testing import CliRunner
+
+import mfdiff_lite
 
 for module in ("sphinx", "myst_nb", "furo", "latex2mathml"):
     pytest.importorskip(
@@ -142,6 +145,28 @@ def test_outputs_are_kept(site, pages, executed):
 def test_formulas_are_mathml(site, pages):
     text = pages[site / "notebooks/01_data.html"].text
     assert len(re.findall(r"<math\b", text)) == 2 and "<mfrac>" in text
+
+
+def test_library_page_has_every_public_name(pages, site):
+    page = pages[site / "library.html"]
+    names = {f"mfdiff_lite.{name}" for name in mfdiff_lite.__all__}
+    assert names <= page.places and "mfdiff_lite.MFdiff.restore" in page.places, names - page.places
+    assert "library.html" in pages[site / "index.html"].links
+    text = re.sub(r"<[^>]*>", "", page.text)
+    assert "~mfdiff_lite" not in text and "factory" not in text, "a signature that Sphinx could not parse"
+    for name in mfdiff_lite.__all__:
+        first = re.split(r"[`<>&\'\"]|\.\s", " ".join(inspect.getdoc(getattr(mfdiff_lite, name)).split()))[0]
+        assert first in " ".join(text.split()), f"{name}: no docstring on the page"
+
+
+def test_docstrings_are_plain_text():
+    """Nothing is markup but `code`; columns stay columns."""
+    conf = {}
+    exec(book.CONF, conf)
+    lines = ["A *b* of `x_0`s,", "|c_|.", "", "    a = b * c", "", "method   sampler"]
+    conf["prose"](None, "function", "f", None, None, lines)
+    assert lines[0] == r"A \*b\* of \ ``x_0``\ s\, \|c_\|\."
+    assert lines[2:] == ["::", "", "        a = b * c", "", "::", "", "    method   sampler", ""]
 
 
 def test_index_and_search(site, pages):
