@@ -17,6 +17,7 @@ weights: whoever can do without a part makes up for it in these steps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -38,9 +39,10 @@ from mfdiff_lite.config import TEST_ANATOMIES, Profile, load_profile
 from mfdiff_lite.diffusion import diffuse, sample, velocity
 from mfdiff_lite.evaluation import another_mr, evaluate, score, summarise
 from mfdiff_lite.fusion import Fused, GatedFusion, local_correlation
-from mfdiff_lite.model import FIDELITY_SD, START, STEPS, MFdiff, load_model, load_pretrained, residual_sd
+from mfdiff_lite.model import START, STEPS, MFdiff, load_model, load_pretrained, residual_sd
 from mfdiff_lite.scan import Scan
-from mfdiff_lite.training import WEIGHTS, train_stage1
+from mfdiff_lite.stage1 import WEIGHTS, train_stage1
+from mfdiff_lite.view import FIDELITY_SD
 from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json, write_readme
 
 K = 4  # samples of a restoration
@@ -188,6 +190,9 @@ def trained(variant: str, steps: int, base: str, start: MFdiff | None = None, se
     return load_model(out / WEIGHTS)
 
 
+_other_mr = functools.cache(another_mr)  # of a scan, for every model that is judged on it
+
+
 def judged(model: MFdiff, cases: list[Scan], blind: bool = False) -> dict:
     """Patients and summary, with the right, another patient's and no MR; and the curve of fidelity. blind: never with
     an MR."""
@@ -203,7 +208,7 @@ def judged(model: MFdiff, cases: list[Scan], blind: bool = False) -> dict:
 
     methods = {
         "right MR": with_mr("right", lambda s: s.mr),
-        "another patient's MR": with_mr("other", lambda s: s.other_mr),
+        "another patient's MR": with_mr("other", _other_mr),
         "no MR": with_mr("no", lambda s: None),
     }
     table = evaluate(methods, tqdm(cases, desc="judging", unit="patient", leave=False))
@@ -367,8 +372,6 @@ def main(
     steps = steps or BUDGETS[key]
     start = load_pretrained("cpu") if continued else None
     cases = scans(TEST_ANATOMIES, patients, SLICES[False] if profile == "cpu" else 6, None, first=900_000)
-    for scan in cases:
-        scan.other_mr = another_mr(scan)
     setting = {"patients": patients, "dose_reduction": DOSE, "samples": K, "steps": steps}
     setting |= {"from": start.fingerprint} if continued else {}
     path = RESULTS / "ablations.json"

@@ -25,14 +25,14 @@ import typer
 from tqdm import tqdm
 
 from mfdiff_lite import metrics
-from mfdiff_lite.adaptation import train_stage2
-from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.config import TEST_ANATOMIES, TRAIN_ANATOMIES, Adaptation, load_profile
 from mfdiff_lite.evaluation import score
 from mfdiff_lite.model import MFdiff, load_pretrained
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
+from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
+from mfdiff_lite.stage2 import train_stage2
 from results import DOSE, LESIONS, RESULTS, Targets, write_json, write_readme
 
 PAIRS = ("wide-psf+few-counts", "amyloid+t2-mr")
@@ -74,8 +74,8 @@ def adapted(parent: MFdiff, scans: Scan | list[Scan], objective: str, settings: 
     states = train_stage2(parent, scans, objective, settings=settings, device="cpu")
     for state in tqdm(states, desc=objective, total=settings.steps, unit="step", leave=False, mininterval=5):
         last = state
-        if watch is not None and state.held_out[-1]["step"] == state.step:
-            truth[state.step] = coarse_psnr(state.now, watch)
+        if watch is not None and state.curve[-1]["step"] == state.step:
+            truth[state.step] = coarse_psnr(state.average, watch)
     return last.model, last, truth
 
 
@@ -101,7 +101,7 @@ def measure(parent: MFdiff, shift: str, settings: Adaptation, slices: int, anato
         "in distribution": {name: judged(model, known) for name, model in models.items() if name != "oracle"},
         "stop_rule_loss": max(truth.values()) - truth[state.best],
         "true_psnr": truth,
-        "held_out": state.held_out,
+        "held_out": state.curve,
         "steps": state.step,
         "seconds_per_step": state.seconds / state.step,
     }

@@ -22,7 +22,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from mfdiff_lite.explorer import PLANES, SliceExplorer, explore
+from mfdiff_lite.look import PLANES, SliceExplorer, explore
 from results import Targets
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from mfdiff_lite import metrics
 from mfdiff_lite.baselines import gaussian, kernel_em, mr_guided, non_local_means, tune
 from mfdiff_lite.config import TEST_ANATOMIES, VALIDATION_ANATOMIES
 from mfdiff_lite.evaluation import audit_mr, evaluate, mr_conditions, summarise
-from mfdiff_lite.explorer import panel
+from mfdiff_lite.look import panel
 from mfdiff_lite.model import START, STEPS, MFdiff, Restoration, load_pretrained
 from mfdiff_lite.scan import Scan
 from results import DOSE, RESULTS, SLICES, Targets, as_table, paired, scans, write_json, write_readme

@@ -13,18 +13,22 @@ import importlib
 
 _PUBLIC = {
     "config": ["Adaptation", "Profile", "load_profile"],
-    "anatomy": ["Anatomy", "list_anatomies", "load_anatomy"],
-    "scan": ["Lesion", "Scan", "load_scan", "save_volume"],
-    "frames": ["short_frame_scan"],
-    "phantom": ["Randomisation", "VirtualPatient", "virtual_patient"],
+    "anatomy": ["Anatomy"],
+    "readers.brainweb": ["list_anatomies", "load_anatomy"],
+    "phantom": ["Lesion", "Randomisation", "VirtualPatient", "virtual_patient"],
+    "scan": ["Scan"],
+    "files": ["load_scan", "save_volume"],
+    "readers.frames": ["short_frame_scan"],
+    "view": ["ModelView"],
     "scanner": ["Scanner", "Sinogram"],
     "cohort": ["make_cohort"],
     "diffusion": ["NoiseSchedule", "diffuse", "sample"],
     "model": ["MFdiff", "Restoration", "load_model", "load_pretrained"],
-    "training": ["train_stage1"],
-    "adaptation": ["adapt", "train_stage2"],
+    "loop": ["TrainingState"],
+    "stage1": ["train_stage1"],
+    "stage2": ["adapt", "train_stage2"],
     "evaluation": ["compare", "evaluate"],
-    "explorer": ["explore"],
+    "look": ["explore"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)  # noqa: PLE0605

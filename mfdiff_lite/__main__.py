@@ -1,23 +1,35 @@
-"""The command line: `python -m mfdiff_lite COMMAND --help`.
+"""The command line: `mfdiff COMMAND --help`, or `python -m mfdiff_lite COMMAND --help`.
 
 Exit status 0 on success; 2 on bad usage or bad input, with one sentence on stderr; 1 on an internal fault; 130 on
-Ctrl-C.
+Ctrl-C. Warnings are sentences on stderr too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
+import math
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .loop import TrainingState
+    from .model import MFdiff, Restoration
+    from .scan import Scan
 
 app = typer.Typer(
     help="Restore a standard-dose PET image from low-dose PET and MR. For teaching and research; not a medical device.",
@@ -29,21 +41,31 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 DoseReduction = Annotated[
-    float, typer.Option(help="dose-reduction factor: standard-dose counts / counts of the LPET, at least 1")
+    float | None,
+    typer.Option(
+        help="dose-reduction factor: standard-dose counts / counts of the LPET, at least 1; without it 20 is assumed"
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
+Mr = Annotated[
+    Path | None,
+    typer.Option(help="MR of the same head, registered to the PET; any grid; without it the PET alone is used"),
+]
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn what can go wrong into one sentence and an exit status."""
+    """Turn what can go wrong into one sentence and an exit status, and warnings into sentences."""
 
     @functools.wraps(function)
     def run(*args: object, **kwargs: object) -> None:
         try:
-            function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")
+                warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+                function(*args, **kwargs)
         except typer.Exit:
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             _stop(f"{error}", 2)
         except KeyboardInterrupt:
             _stop("stopped by Ctrl-C; nothing half-written was left behind", 130)
@@ -52,26 +74,131 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if os.environ.get("MFDIFF_DEBUG"):
                 raise
-            _stop(
-                f"internal fault ({type(error).__name__}: {error}); set MFDIFF_DEBUG=1 for the traceback and report it",
-                1,
-            )
+            fault = f"{type(error).__name__}: {error}"
+            _stop(f"internal fault ({fault}); set MFDIFF_DEBUG=1 for the traceback and report it", 1)
 
     return app.command()(run)
 
 
-def _stop(sentence: str, status: int) -> None:
+def _say(sentence: str) -> None:
     print(f"mfdiff_lite: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def _stop(sentence: str, status: int) -> NoReturn:
+    _say(sentence)
     raise typer.Exit(status)
+
+
+@app.callback(invoke_without_command=True)
+def _main(show_version: Annotated[bool, typer.Option("--version", help="version and revision")] = False) -> None:
+    if show_version:
+        from .revision import code_revision
+
+        print(f"mfdiff_lite {__version__} (revision {code_revision()})")
+        raise typer.Exit
+
+
+# --- what several commands ask -----------------------------------------------------------------------------------
+
+
+def _at_least(low: int, **options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < low:
+            raise ValueError(f"--{name}: expected at least {low}, found {value}")
+
+
+def _ready(outputs: list[Path | None], inputs: list[Path | None], force: bool) -> None:
+    """Refuse before any work what saving would refuse after it; never write over an input, not even with --force."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path in (path for path in outputs if path is not None):
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{path}: expected outputs that differ from each other and from the inputs, found it twice; "
+                "choose another name"
+            )
+        taken.add(path.resolve())
+        _ready_for(path, force)
+
+
+def _ready_for(path: Path, force: bool) -> None:
+    from .files import partial_of, refuse_to_write
+
+    refuse_to_write(path, force)
+    probe = partial_of(path)
+    try:
+        probe.touch()
+    except OSError as error:
+        raise OSError(f"{path}: expected a place to write to, found {error.strerror}; choose another --out") from None
+    probe.unlink()
+
+
+def _ready_for_folder(path: Path) -> None:
+    """Refuse before any work a folder that could not be made; make nothing yet."""
+    found = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not found.is_dir() or not os.access(found, os.W_OK):
+        reason = "one that is read-only" if found.is_dir() else "a file"
+        raise OSError(f"{path}: expected a folder to write into, found {reason} at {found}; choose another --out")
+
+
+def _known_dose(dose_reduction: float | None) -> float | None:
+    if dose_reduction is not None and math.isnan(dose_reduction):
+        raise ValueError("dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found nan")
+    return dose_reduction
+
+
+def _model(weights: Path | None, device: str) -> MFdiff:
+    from .model import load_model, load_pretrained
+
+    return load_pretrained(device) if weights is None else load_model(weights, device)
+
+
+def _weights_line(model: MFdiff, path: Path | None) -> str:
+    card, target = model.card, ""
+    if "parent" in card:
+        target = f", stage 2 by {card['adaptation']['objective']!r} on {', '.join(card['target'])}"
+    return f"{path or 'shipped weights'} (revision {card.get('revision')}, {card.get('steps')} steps{target})"
+
+
+def _pairs(settings: list[str] | None, command: str) -> dict[str, str]:
+    """key=value arguments as a dict."""
+    pairs = [item.partition("=") for item in settings or []]
+    wrong = [key for key, equals, _ in pairs if not equals]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected key=value, found no '='; see `{command} --help`")
+    return {key: value for key, _, value in pairs}
+
+
+def _followed(
+    states: Iterator[TrainingState], title: str, words: Callable[[TrainingState], str], again: str
+) -> Iterator[TrainingState]:
+    """The states of a training, with a progress bar; Ctrl-C ends in the sentence `again`."""
+    from tqdm import tqdm
+
+    bar = None
+    try:
+        with contextlib.closing(states):
+            for state in states:
+                bar = bar or tqdm(total=state.steps, initial=state.step - 1, desc=title, unit="step", mininterval=1)
+                bar.update()
+                bar.set_postfix_str(words(state), refresh=False)
+                yield state
+    except KeyboardInterrupt:
+        _stop(f"stopped by Ctrl-C after the step; go on with {again}", 130)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+# --- restore -----------------------------------------------------------------------------------------------------
 
 
 @_command
 def restore(
     lpet: Annotated[Path, typer.Option(help="low-dose PET, 3-D NIfTI, any orientation and voxel size")],
-    mr: Annotated[Path, typer.Option(help="MR of the same head, registered to the PET; any grid")],
     out: Annotated[Path, typer.Option(help="the restored PET, on the grid and in the unit of the LPET")],
+    mr: Mr = None,
     std: Annotated[Path | None, typer.Option(help="also write the voxel-wise SD of the samples")] = None,
-    dose_reduction: DoseReduction = 20.0,
+    dose_reduction: DoseReduction = None,
     samples: Annotated[int, typer.Option(help="samples to average; 1 is fastest, 8 gives mean and SD")] = 8,
     steps: Annotated[int | None, typer.Option(help="sampler steps; default 6")] = None,
     fidelity: Annotated[
@@ -83,111 +210,61 @@ def restore(
     report: Annotated[Path | None, typer.Option(help="also write an HTML page with pictures")] = None,
     force: Force = False,
 ) -> None:
-    """Restore a low-dose PET with the help of an MR of the same head."""
+    """Restore a low-dose PET, with the help of an MR of the same head if there is one."""
     from tqdm import tqdm
 
-    from .model import load_model, load_pretrained
-    from .scan import load_scan, save_volume, whole_file
+    from .files import load_scan, save_volume
 
     if std is not None and samples < 2:
         raise ValueError(
             f"--std: expected --samples of at least 2, found {samples}; raise --samples or leave out --std"
         )
-    outputs = [path for path in (out, std, report) if path is not None]
-    _all_different(outputs, [lpet, mr, weights])
-    if seed < 0:
-        raise ValueError(f"--seed: expected at least 0, found {seed}")
+    _at_least(0, seed=seed)
     for path in (out, std):
         if path is not None and not path.name.endswith((".nii", ".nii.gz")):
             raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
-    for path in outputs:
-        _ready_for(path, force)
-    scan = load_scan(lpet, mr, dose_reduction=dose_reduction)
-    model = load_pretrained(device) if weights is None else load_model(weights, device)
-    chosen = {"steps": steps, "fidelity": fidelity}
+    _ready([out, std, report], [lpet, mr, weights], force)
+    scan = load_scan(lpet, mr, dose_reduction=_known_dose(dose_reduction))
+    model = _model(weights, device)
+    chosen = {key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None}
+    progress = functools.partial(tqdm, desc="restoring", unit="slice", disable=None)
     began = time.monotonic()
-    restored = model.restore(
-        scan,
-        samples,
-        seed=seed,
-        progress=functools.partial(tqdm, desc="restoring", unit="slice", disable=None),
-        **{key: value for key, value in chosen.items() if value is not None},
-    )
+    restored = model.restore(scan, samples, seed=seed, progress=progress, **chosen)
     seconds = time.monotonic() - began
     written = [save_volume(out, restored.mean, scan, force)]
     if std is not None:
         written.append(save_volume(std, restored.std, scan, force))
     if report is not None:
-        from .explorer import report_html
-
-        lines = {
-            "LPET": str(lpet),
-            "MR": str(mr),
-            "restored": str(out),
-            "dose reduction": f"{dose_reduction:g}",
-            "weights": _weights_line(model, weights),
-        }
-        lines |= {key: str(value) for key, value in restored.settings.items()} | {"seconds": f"{seconds:.1f}"}
-        with whole_file(report, force) as partial:
-            partial.write_text(report_html(scan, restored, lines), encoding="utf-8")
-        written.append(report)
+        lines = {"LPET": lpet, "MR": mr or "none", "restored": out, "dose reduction": f"{scan.dose_reduction:g}"}
+        lines |= {"weights": _weights_line(model, weights), **restored.settings, "seconds": f"{seconds:.1f}"}
+        written.append(_report(report, scan, restored, lines, force))
     print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
     for path in written:
         print(f"wrote {path}")
 
 
-def _weights_line(model: object, path: Path | None) -> str:
-    card, target = model.card, ""
-    if "parent" in card:
-        target = f", stage 2 by {card['adaptation']['objective']!r} on {', '.join(card['target'])}"
-    return f"{path or 'shipped weights'} (revision {card.get('revision')}, {card.get('steps')} steps{target})"
+def _report(path: Path, scan: Scan, restored: Restoration, lines: dict[str, Any], force: bool) -> Path:
+    from .files import whole_file
+    from .look import report_html
+
+    with whole_file(path, force) as partial:
+        partial.write_text(report_html(scan, restored, {key: str(value) for key, value in lines.items()}), "utf-8")
+    return path
 
 
-def _all_different(outputs: list[Path], inputs: list[Path | None]) -> None:
-    """Never write over an input, not even with --force."""
-    taken = {path.resolve() for path in inputs if path is not None}
-    for path in outputs:
-        if path.resolve() in taken:
-            raise ValueError(
-                f"{path}: expected outputs that differ from each other and from the inputs, found it twice; "
-                "choose another name"
-            )
-        taken.add(path.resolve())
+# --- simulate ----------------------------------------------------------------------------------------------------
 
-
-def _ready_for_folder(path: Path) -> None:
-    """Refuse before any work a folder that could not be made; make nothing yet."""
-    found = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not found.is_dir() or not os.access(found, os.W_OK):
-        reason = "one that is read-only" if found.is_dir() else "a file"
-        raise OSError(f"{path}: expected a folder to write into, found {reason} at {found}; choose another --out")
-
-
-def _ready_for(path: Path, force: bool) -> None:
-    """Refuse before any work what saving would refuse after it."""
-    from .scan import whole_file
-
-    partial = whole_file(path, force).__enter__()
-    try:
-        partial.touch()
-    except OSError as error:
-        raise OSError(f"{path}: expected a place to write to, found {error.strerror}; choose another --out") from None
-    partial.unlink()
+SIMULATED = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions", "half_a", "half_b")
 
 
 @_command
 def simulate(
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="folder for lpet, spet, mr, activity, mask, tissues, lesions, half_a, half_b (.nii.gz), scan.json"
-        ),
-    ],
+    out: Annotated[Path, typer.Option(help=f"folder for {', '.join(SIMULATED)} (.nii.gz), scan.json")],
     anatomy: Annotated[
         str, typer.Option(help="an anatomy that `info` lists: embedded, or of BrainWeb once fetched")
     ] = "icbm152",
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
-    dose_reduction: DoseReduction = 20.0,
+    dose_reduction: Annotated[float, typer.Option(help="standard-dose counts / counts of the LPET, at least 1")] = 20.0,
     shift: Annotated[
         str | None, typer.Option(help="OOD emulation that `info` lists, e.g. edge-scanner; + joins two")
     ] = None,
@@ -195,19 +272,14 @@ def simulate(
     force: Force = False,
 ) -> None:
     """Simulate a virtual patient on the virtual scanner: low-dose and standard-dose PET, MR and the truth."""
-    import dataclasses
-
-    from .anatomy import load_anatomy
+    from .files import save_volume, whole_file
     from .phantom import virtual_patient
-    from .scan import save_volume, whole_file
+    from .readers.brainweb import load_anatomy
     from .scanner import Scanner
 
-    if slices is not None and slices < 1:
-        raise ValueError(f"--slices: expected at least 1, found {slices}")
-    if seed < 0:
-        raise ValueError(f"--seed: expected at least 0, found {seed}")
-    names = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions", "half_a", "half_b")
-    held = [out / f"{name}.nii.gz" for name in names if (out / f"{name}.nii.gz").exists()]
+    _at_least(1, slices=slices)
+    _at_least(0, seed=seed)
+    held = [out / f"{name}.nii.gz" for name in SIMULATED if (out / f"{name}.nii.gz").exists()]
     if held and not force:
         raise FileExistsError(f"{held[0]}: exists already; choose another --out or pass --force to replace it")
     _ready_for_folder(out)
@@ -215,12 +287,12 @@ def simulate(
     print("drawing the patient, scanning, reconstructing: a whole head takes about half a minute", file=sys.stderr)
     patient = virtual_patient(load_anatomy(anatomy), seed, shift, slices)
     scan = scanner.scan(patient, dose_reduction, halves=True)
-    images = {name: getattr(scan, name) for name in names[:-2]} | dict(zip(names[-2:], scan.halves, strict=True))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{out}: expected a folder to write into, found {error.strerror}; choose another --out") from None
-    for name, image in images.items():
+    images = [getattr(scan, name) for name in SIMULATED[:-2]] + list(scan.halves or ())
+    for name, image in zip(SIMULATED, images, strict=True):
         save_volume(out / f"{name}.nii.gz", image, scan, force)
     note = {
         "anatomy": anatomy,
@@ -234,8 +306,11 @@ def simulate(
         "note": "real anatomy, simulated images; teaching and research only",
     }
     with whole_file(out / "scan.json") as partial:
-        partial.write_text(json.dumps(note, indent=1) + "\n")
-    print(f"wrote {', '.join(names)} (.nii.gz, {scan.lpet.shape} voxels, {scan.unit}) and scan.json to {out}")
+        partial.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {', '.join(SIMULATED)} (.nii.gz, {scan.lpet.shape} voxels, {scan.unit}) and scan.json to {out}")
+
+
+# --- evaluate ----------------------------------------------------------------------------------------------------
 
 
 @_command
@@ -251,13 +326,11 @@ def evaluate(
     beside it."""
     import numpy as np
 
-    from .evaluation import brain_mask, compare
-    from .scan import load_scan, load_volume, whole_file
+    from .evaluation import compare
+    from .files import load_scan, load_volume, whole_file
 
-    if json_out is not None:
-        _all_different([json_out], [lpet, spet, restored, mask])
-        _ready_for(json_out, force)
-    scan = load_scan(lpet, spet_path=spet, mask_path=mask)
+    _ready([json_out], [lpet, spet, restored, mask], force)
+    scan = load_scan(lpet, spet_path=spet, dose_reduction=math.nan, mask_path=mask)
     image, affine = load_volume(restored)
     if image.shape != scan.lpet.shape or not np.allclose(affine, scan.affine, atol=1e-2):
         raise ValueError(
@@ -266,30 +339,21 @@ def evaluate(
         )
     if not np.isfinite(image).all():
         raise ValueError(f"{restored}: expected finite values, found NaN or infinite voxels; restore it again")
-    if not brain_mask(scan).any():
+    if scan.mask is not None and not scan.mask.any():
         raise ValueError(f"{mask}: expected a brain mask, found no voxel above 0.5; check the file")
-    scan.dose_reduction = float("nan")  # files do not say it
     table = compare(scan, {"restored": image})
-    table.title = f"{scan.name}, against SPET"
     print(table)
     if json_out is not None:
-        images = {
-            name: {k: v if np.isfinite(v) else None for k, v in row.items()} for name, row in table.rows.items()
+        rows = {
+            name: {key: value if math.isfinite(value) else None for key, value in row.items()}
+            for name, row in table.rows.items()
         }  # JSON has no infinity
+        note = {"mask": str(mask or "rough, from the LPET"), "against": "spet", "images": rows}
         with whole_file(json_out, force) as partial:
-            partial.write_text(
-                json.dumps({"mask": str(mask or "rough, from the LPET"), "against": "spet", "images": images}, indent=1)
-                + "\n"
-            )
+            partial.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
 
 
-def _pairs(settings: list[str] | None, command: str) -> dict[str, str]:
-    """key=value arguments as a dict."""
-    pairs = [item.partition("=") for item in settings or []]
-    wrong = [key for key, equals, _ in pairs if not equals]
-    if wrong:
-        raise ValueError(f"{wrong[0]}: expected key=value, found no '='; see `{command} --help`")
-    return {key: value for key, _, value in pairs}
+# --- train -------------------------------------------------------------------------------------------------------
 
 
 @_command
@@ -308,112 +372,96 @@ def train(
     """Train stage 1 on the simulated cohort (made first, and cached)."""
     from tqdm import tqdm
 
+    from . import stage1
     from .config import load_profile
-    from .model import load_model
-    from .training import WEIGHTS, train_stage1
 
     chosen = load_profile(profile, **_pairs(settings, "train"))
-    start = None if weights is None else load_model(weights, "cpu")
+    start = None if weights is None else _model(weights, "cpu")
     _ready_for_folder(out)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that `accelerate launch` starts, one speaks
-    bar = None
-    try:
-        for state in train_stage1(chosen, out, resume, device, start=start):
-            if not first:
-                continue
-            bar = bar or tqdm(total=state.steps, initial=state.step - 1, desc="stage 1", unit="step", mininterval=1)
-            bar.update()
-            loss = " ".join(f"{key} {value:.3f}" for key, value in state.loss.items())
-            psnr = (
-                f", validation {state.curve[-1]['mean']:.2f} dB (LPET {state.curve[-1]['lpet']:.2f})"
-                if state.curve
-                else ""
-            )
-            bar.set_postfix_str(loss + psnr, refresh=False)
-            if state.validation:
-                tqdm.write(f"step {state.step}: {json.dumps(state.validation)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        again = " ".join(
-            ["python -m mfdiff_lite train", *(settings or []), f"--profile {profile} --out {out} --resume"]
-            + ([] if weights is None else [f"--weights {weights}"])
-        )
-        _stop(f"stopped by Ctrl-C after the step; go on with: {again}", 130)
-    finally:
-        if bar is not None:
-            bar.close()
-    if first:
-        print(
-            f"wrote {out / WEIGHTS} and its card {(out / WEIGHTS).with_suffix('.json').name}; "
-            f"use it with: restore --weights {out / WEIGHTS}"
-        )
+    again = ["python -m mfdiff_lite train", *(settings or []), f"--profile {profile} --out {out} --resume"]
+    again += [] if weights is None else [f"--weights {weights}"]
+    states = stage1.train_stage1(chosen, out, resume, device, start=start)
+    if os.environ.get("RANK", "0") != "0":  # of the processes that `accelerate launch` starts, one speaks
+        for _ in states:
+            pass
+        return
+    for state in _followed(states, "stage 1", _losses, f": {' '.join(again)}"):
+        if state.validation:
+            tqdm.write(f"step {state.step}: {json.dumps(state.validation)}", file=sys.stderr)
+    written = out / stage1.WEIGHTS
+    print(f"wrote {written} and its card {written.with_suffix('.json').name}; use it with: restore --weights {written}")
+
+
+def _losses(state: TrainingState) -> str:
+    words = " ".join(f"{key} {value:.3f}" for key, value in state.loss.items())
+    if state.curve:
+        words += f", validation {state.curve[-1]['mean']:.2f} dB (LPET {state.curve[-1]['lpet']:.2f})"
+    return words
+
+
+# --- adapt -------------------------------------------------------------------------------------------------------
 
 
 @_command
 def adapt(
     lpet: Annotated[Path, typer.Option(help="low-dose PET of the target scanner, 3-D NIfTI")],
+    out: Annotated[Path, typer.Option(help="the adapted weights, for `restore --weights`, with a card beside them")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value …, e.g. steps=100 learning_rate=2e-4")] = None,
     objective: Annotated[
         str,
         typer.Option(
             help="split: from two count halves; sure: from the LPET and its noise, known from halves or estimated; "
-            "paired: from an SPET"
+            "paired: from an SPET; auto: split if there are halves, else sure"
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="the adapted weights, for `restore --weights`, with a card beside them")],
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value …, e.g. steps=100 learning_rate=2e-4")] = None,
-    mr: Annotated[Path | None, typer.Option(help="MR of the same head, registered to the PET; any grid")] = None,
+    ] = "auto",
+    mr: Mr = None,
     half_a: Annotated[Path | None, typer.Option(help="image of one half of the LPET's counts")] = None,
     half_b: Annotated[Path | None, typer.Option(help="image of the other half")] = None,
     spet: Annotated[Path | None, typer.Option(help="standard-dose PET, for 'paired'")] = None,
-    dose_reduction: DoseReduction = 20.0,
+    dose_reduction: DoseReduction = None,
     weights: Annotated[Path | None, typer.Option(help="the parent's weights; default: the shipped ones")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an adaptation that was cut")] = False,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Stage 2: adapt the weights to one scan of a scanner never seen (minutes), without a standard-dose image."""
-    import shutil
-
-    from tqdm import tqdm
-
-    from .adaptation import train_stage2
     from .config import load_adaptation
-    from .model import load_model, load_pretrained, save_model
-    from .scan import load_scan
+    from .files import load_scan
+    from .model import save_model
+    from .stage2 import train_stage2
 
     if (half_a is None) != (half_b is None):
         raise ValueError("--half-a, --half-b: expected both halves or none, found one; name the other one too")
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: expected a name that ends in .safetensors; rename the output")
-    chosen = load_adaptation(**_pairs(settings, "adapt"), objective=objective)
-    _all_different([out], [lpet, mr, half_a, half_b, spet, weights])
-    _ready_for(out, force)
-    halves = None if half_a is None else (half_a, half_b)
-    scan = load_scan(lpet, mr, spet, dose_reduction, half_paths=halves)
-    parent = load_pretrained(device) if weights is None else load_model(weights, device)
-    run = out.with_suffix(".run")
-    bar = None
-    try:
-        for state in train_stage2(parent, scan, objective, settings=chosen, out=run, resume=resume, device=device):
-            bar = bar or tqdm(total=state.steps, initial=state.step - 1, desc="stage 2", unit="step", mininterval=1)
-            bar.update()
-            gain = state.held_out[-1]["loss"] - state.held_out[0]["loss"]
-            bar.set_postfix_str(
-                f"held-out loss {gain:+.4f} against the parent, best at step {state.best}", refresh=False
-            )
-    except KeyboardInterrupt:
-        _stop(f"stopped by Ctrl-C after the step; go on with the same command and --resume ({run} holds it)", 130)
-    finally:
-        if bar is not None:
-            bar.close()
-    save_model(state.model, out, state.model.card)
+    chosen = load_adaptation(**{"objective": objective} | _pairs(settings, "adapt"))
+    if objective not in ("auto", chosen.objective):
+        raise ValueError(f"objective: expected one, found --objective {objective} and objective={chosen.objective}")
+    _ready([out, out.with_suffix(".json")], [lpet, mr, half_a, half_b, spet, weights], force)
+    halves = None if half_a is None or half_b is None else (half_a, half_b)
+    scan = load_scan(lpet, mr, spet, _known_dose(dose_reduction), half_paths=halves)
+    parent, run = _model(weights, device), out.with_suffix(".run")
+    states = train_stage2(parent, scan, settings=chosen, out=run, resume=resume, device=device)
+    for state in _followed(states, "stage 2", _gain, f"the same command and --resume ({run} holds it)"):
+        last = state
+    save_model(last.model, out, last.model.card, force)
     shutil.rmtree(run)
-    assumed = state.model.card["assumed_about_noise"]
-    if assumed:
-        print(f"the noise was estimated from the LPET alone; assumed: {assumed}")
-    if state.best == 0:
+    card = last.model.card
+    print(f"objective: {card['adaptation']['objective']}")
+    if card["assumed_about_noise"]:
+        print(f"the noise was estimated from the LPET alone; assumed: {card['assumed_about_noise']}")
+    if last.best == 0:
         print("the held-out loss did not fall: these are the parent's weights, nothing on this target to gain")
     print(f"adapted from {_weights_line(parent, weights)}")
-    print(f"wrote {out} (step {state.best} of {state.step}) and its card; use it with: restore --weights {out}")
+    print(f"wrote {out} (step {last.best} of {last.step}) and its card; use it with: restore --weights {out}")
+
+
+def _gain(state: TrainingState) -> str:
+    gain = state.curve[-1]["loss"] - state.curve[0]["loss"]
+    return f"held-out loss {gain:+.4f} against the parent, best at step {state.best}"
+
+
+# --- info --------------------------------------------------------------------------------------------------------
 
 
 @_command
@@ -424,35 +472,38 @@ def info() -> None:
         _stop(f"environment: {'; '.join(problems)}", 2)
     import torch
 
-    from . import __version__
-    from .anatomy import list_anatomies
-    from .cohort import cache_folder
     from .model import load_pretrained, pick_device
     from .phantom import SHIFTS
+    from .readers.brainweb import list_anatomies
+    from .revision import code_revision
 
-    print(f"mfdiff_lite {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "nibabel", "scikit-image", "accelerate")))
+    print(f"mfdiff_lite {__version__} (revision {code_revision()}), Python {platform.python_version()}, ", end="")
+    print(platform.platform())
+    print(", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "nibabel", "scikit-image")))
     device = pick_device()
-    print(
-        f"device: {device}"
-        + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f", {torch.get_num_threads()} threads")
-    )
+    used = f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"device: {device}{used}")
     print(f"anatomies: {', '.join(list_anatomies())}")
     print(f"shifts: {', '.join(SHIFTS)}")
-    cohorts = sorted(cache_folder().glob("cohort-*"))
-    nearest = next(folder for folder in (cache_folder(), *cache_folder().parents) if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise OSError(f"{cache_folder()}: expected a cache that can be written; set MFDIFF_CACHE to such a folder")
-    print(
-        f"cache: {cache_folder()}, {len(cohorts)} cohorts (delete the folder to free the space; "
-        "set MFDIFF_CACHE to move it)"
-    )
+    print(_cache_line())
     model = load_pretrained("cpu")
     long = ("validation_psnr_db", "profile", "started_from")  # the JSON file beside the weights has them
     card = {key: value for key, value in model.card.items() if key not in long}
     print(f"shipped weights: {json.dumps(card, indent=1)}")
     print(f"validation at the last step: {model.card['validation_psnr_db'][-1]}")
     print("environment: complete, every package in the range of versions that is asked for")
+
+
+def _cache_line() -> str:
+    from .cohort import cache_folder
+
+    cache = cache_folder()
+    nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.R_OK)):
+        raise OSError(f"{cache}: expected a cache that can be read; set MFDIFF_CACHE to such a folder")
+    written = "" if os.access(nearest, os.W_OK) else ", read-only: complete cohorts serve, new ones cannot be made"
+    cohorts = len(list(cache.glob("cohort-*")))
+    return f"cache: {cache}, {cohorts} cohorts{written} (delete it to free the space; set MFDIFF_CACHE to move it)"
 
 
 def _missing_packages() -> list[str]:

@@ -15,15 +15,14 @@ from scipy import ndimage
 from skimage.restoration import denoise_nl_means
 
 from .metrics import psnr
-from .scan import ActivityScale, Scan, scale_mr
+from .scan import Scan
 from .scanner import Kernel, Scanner
-
-FWHM_PER_SD = 2.355
+from .view import ActivityScale, scale_mr, sd_voxels
 
 
 def gaussian(scan: Scan, fwhm: float = 4.5) -> np.ndarray:
     """The classic: a 3-D Gaussian filter of `fwhm` [mm]."""
-    return ndimage.gaussian_filter(scan.lpet, _sd_voxels(scan, fwhm), mode="nearest")
+    return ndimage.gaussian_filter(scan.lpet, sd_voxels(scan.lpet.shape, fwhm, scan.voxel_size), mode="nearest")
 
 
 def non_local_means(scan: Scan, strength: float = 0.1, fwhm: float = 3.0) -> np.ndarray:
@@ -60,7 +59,7 @@ def mr_kernel(scan: Scan, fwhm: float, contrast: float) -> Kernel:
     if scan.mr is None:
         raise ValueError(f"{scan.name}: expected a scan with MR for an MR-guided method, found none")
     mr = scale_mr(scan.mr, ActivityScale(scan.lpet, scan.voxel_size).mask)
-    sd = np.array(_sd_voxels(scan, fwhm))
+    sd = np.array(sd_voxels(scan.lpet.shape, fwhm, scan.voxel_size))
     reach = np.where(sd > 0, np.maximum(np.ceil(2 * sd), 1), 0).astype(int)
     margin, far = [(r, r) for r in reach], 1e3  # far: an MR value that nothing resembles, beyond the volume
     mr_near, weights = np.pad(mr, margin, constant_values=far), []
@@ -91,8 +90,3 @@ def tune(method: Callable[..., np.ndarray], scans: Iterable[Scan], **grid: Itera
     trials = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     scores = [np.mean([psnr(method(s, **trial), s.spet, s.mask) for s in scans]) for trial in trials]
     return trials[int(np.argmax(scores))]
-
-
-def _sd_voxels(scan: Scan, fwhm: float) -> list[float]:
-    """FWHM [mm] -> SD in voxels along each axis; no filter along an axis of one slice."""
-    return [0 if n == 1 else fwhm / FWHM_PER_SD / v for n, v in zip(scan.lpet.shape, scan.voxel_size, strict=True)]

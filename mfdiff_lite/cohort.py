@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
+import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import anatomy as anatomy_module
-from . import phantom as phantom_module
-from . import scan as scan_module
-from . import scanner as scanner_module
-from .anatomy import load_anatomy
+from .anatomy import embedded_anatomy
 from .config import TRAIN_ANATOMIES, VALIDATION_ANATOMIES, Profile
-from .phantom import virtual_patient
-from .scan import ActivityScale, scale_mr, whole_file
+from .files import whole_file
+from .phantom import VOXEL, virtual_patient
 from .scanner import Scanner
+from .view import ActivityScale, neighbours, scale_mr
 
+DATA_VERSION = 2  # of what makes the data (anatomy, phantom, scanner, view, this file): raise it when that changes
 ARRAYS = ("lpet", "mr", "spet", "weight", "dose")
 SCANNER_RANGES = {
     "psf_fwhm": (3.0, 6.5),
@@ -62,68 +62,115 @@ def random_scanner(rng: np.random.Generator) -> Scanner:
     )
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Cohort:
     """Slabs of scaled slices, read from disk as they are used. lpet: (patients, doses, Z, X, Y) float16 in units of the
     LPET's brain mean; mr: (patients, Z, X, Y), spet: like lpet (the same SPET in each LPET's unit); weight: (patients,
-    Z, X, Y) uint8, 0 air, 1 brain, 2 lesion (those in MR alone too: what must not leak in); dose: (patients, doses)."""
+    Z, X, Y) uint8, 0 air, 1 brain, 2 lesion (those in MR alone too: what must not leak in); dose: (patients, doses).
+    key: what decided the data, as in the name of its folder."""
 
     lpet: np.ndarray
     mr: np.ndarray
     spet: np.ndarray
     weight: np.ndarray
     dose: np.ndarray
-    folder: Path
+    key: str
 
 
 def make_cohort(profile: Profile, part: str = "train", workers: int | None = None) -> Cohort:
     """The training or validation cohort of a profile: made once, then read from the cache.
 
-    The key of the cache holds the settings and the source of everything that makes the data; a change of either makes a
-    new cohort. Patients are written one by one and whole, so an interrupted build goes on where it stopped; then they
-    are put together in one file for each kind of image, which training maps into memory. Raises OSError if the cache
-    cannot be written.
+    The key of the cache holds the settings, the anatomies and `DATA_VERSION`; a change of any makes a new cohort, and
+    cohorts of older versions are removed. Patients are written one by one and whole, so an interrupted build goes on
+    where it stopped; then they are put together in one file for each kind of image, which training maps into memory.
+    What is complete is only read, so one user's cache serves all who can read it. Raises OSError if something is
+    missing and the cache cannot be written.
     """
     anatomies = {"train": TRAIN_ANATOMIES, "validation": VALIDATION_ANATOMIES}[part]
     count = {"train": profile.patients, "validation": profile.validation_patients}[part]
-    settings = {
-        "part": part,
-        "slab": profile.slab,
-        "doses": profile.doses,
-        "dose_range": profile.dose_range,
-        "seed": profile.seed,
-    }
-    settings["anatomies"] = anatomies
-    folder = cache_folder() / f"cohort-{_key(settings)}"
+    settings = {"part": part, "anatomies": anatomies}
+    settings |= {name: getattr(profile, name) for name in ("slab", "doses", "dose_range", "seed")}
+    key = _key(settings)
+    folder = cache_folder() / f"cohort-{key}"
+    arrays = _stored(folder, count)
+    if arrays is None:
+        _prepare(folder, settings)
+        jobs = [Job(folder / f"patient-{i:05d}.npz", anatomies[i % len(anatomies)], i, settings) for i in range(count)]
+        known = _stored(folder) or []  # fewer patients, put together earlier
+        new = jobs[len(known[0]) if known else 0 :]
+        _make([job for job in new if not job.path.exists()], part, workers)
+        arrays = _stored(folder, count) or _together(folder, count, known, new)
+    return Cohort(*(array[:count] for array in arrays), key=key)
+
+
+class Job(NamedTuple):
+    """One patient to make: its file, its head, its number, and the settings of its cohort."""
+
+    path: Path
+    anatomy: str
+    index: int
+    settings: dict[str, Any]
+
+
+def _key(settings: dict[str, Any]) -> str:
+    card = (Path(__file__).parent / "anatomies" / "card.json").read_text(encoding="utf-8")
+    made_by = json.dumps([DATA_VERSION, settings, json.loads(card)], sort_keys=True)
+    return f"v{DATA_VERSION}-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}"
+
+
+def _stored(folder: Path, count: int = 0) -> list[np.ndarray] | None:
+    """The images of at least `count` patients put together, mapped: the largest set, None if there is none."""
+    sizes = sorted({int(path.stem.rpartition("-")[2]) for path in folder.glob("dose-*.npy")}, reverse=True)
+    for size in sizes:
+        with contextlib.suppress(OSError, EOFError, ValueError):  # taken away by another process, or damaged
+            arrays = [np.load(path, mmap_mode="r") for path in _files(folder, size)]
+            return arrays if size >= count else None
+    return None
+
+
+def _files(folder: Path, count: int) -> list[Path]:
+    return [folder / f"{name}-{count}.npy" for name in ARRAYS]
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> None:
+    """A folder to write into, open to whom the cache is open to, and none of older versions beside it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            folder.chmod(folder.parent.stat().st_mode & 0o7777)
+        if not (folder / "settings.json").is_file():
+            with _shared_file(folder / "settings.json") as partial:
+                partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "one that is incomplete and read-only")
     except OSError as error:
         raise OSError(
-            f"{folder}: expected a writable cache, found {error.strerror}; set MFDIFF_CACHE to a folder you can write"
+            f"{folder}: expected a writable cache, found {error.strerror or error}; set MFDIFF_CACHE to a folder you "
+            "can write"
         ) from None
-    jobs = [(folder / f"patient-{i:05d}.npz", anatomies[i % len(anatomies)], i, settings) for i in range(count)]
-    missing = [job for job in jobs if not job[0].exists()]
+    for older in folder.parent.glob("cohort-*"):
+        version = older.name.removeprefix("cohort-").partition("-")[0]
+        if not version.startswith("v") or version[1:].isdigit() and int(version[1:]) < DATA_VERSION:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _shared_file(path: Path) -> Iterator[Path]:
+    """`whole_file`, readable and writable by whom its folder is."""
+    with whole_file(path) as partial:
+        yield partial
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _make(missing: list[Job], part: str, workers: int | None) -> None:
+    done = _mapped(missing, workers)
     for _ in tqdm(
-        _mapped(missing, workers),
-        total=len(missing),
-        desc=f"{part} cohort",
-        unit="patient",
-        disable=not missing,
-        file=sys.stdout,
+        done, total=len(missing), desc=f"{part} cohort", unit="patient", disable=not missing, file=sys.stdout
     ):
         pass
-    return Cohort(*_together(folder, jobs), folder)
 
 
-def _key(settings: dict) -> str:
-    modules = (anatomy_module, phantom_module, scan_module, scanner_module, sys.modules[__name__])
-    made_by = json.dumps(settings, sort_keys=True) + "".join(inspect.getsource(m) for m in modules)
-    made_by += (Path(anatomy_module.__file__).parent / "anatomies" / "card.json").read_text()
-    return hashlib.sha256(made_by.encode()).hexdigest()[:12]
-
-
-def _mapped(jobs: list, workers: int | None) -> Iterator[None]:
+def _mapped(jobs: list[Job], workers: int | None) -> Iterator[None]:
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers <= 1 or len(jobs) < 8:
         yield from map(_make_patient, jobs)
@@ -132,48 +179,52 @@ def _mapped(jobs: list, workers: int | None) -> Iterator[None]:
         yield from pool.map(_make_patient, jobs)
 
 
-def _together(folder: Path, jobs: list) -> list[np.ndarray]:
-    """The images of all patients, mapped: `ARRAYS` of them, (patients, ...)."""
-    paths = [folder / f"{name}-{len(jobs)}.npy" for name in ARRAYS]
-    with contextlib.suppress(FileNotFoundError, EOFError, ValueError):  # not put together yet, or a damaged file
-        return [np.load(path, mmap_mode="r") for path in paths]
+def _together(folder: Path, count: int, known: list[np.ndarray], new: list[Job]) -> list[np.ndarray]:
+    """Put the images of all patients together, those in `known` first: `ARRAYS` of them, (patients, ...), mapped. The
+    files of single patients and smaller sets are of no use after it."""
+    old = [dict(zip(ARRAYS, images, strict=True)) for images in zip(*known, strict=True)]
+    patients, paths = itertools.chain(old, map(_read_patient, new)), _files(folder, count)
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(stack.enter_context(whole_file(path)).open("wb")) for path in paths]
-        for index, job in enumerate(jobs):
-            patient = _read_patient(job)
+        streams = [stack.enter_context(stack.enter_context(_shared_file(path)).open("wb")) for path in paths]
+        for number, patient in enumerate(patients):
             for name, stream in zip(ARRAYS, streams, strict=True):
-                one = np.ascontiguousarray(patient[name])
-                if index == 0:
-                    layout = {"descr": one.dtype.str, "fortran_order": False, "shape": (len(jobs), *one.shape)}
+                image = np.ascontiguousarray(patient[name])
+                if number == 0:
+                    layout = {"descr": image.dtype.str, "fortran_order": False, "shape": (count, *image.shape)}
                     np.lib.format.write_array_header_1_0(stream, layout)
-                stream.write(one.data)  # not through a mapped file: a full disk would end the process
-    return [np.load(path, mmap_mode="r") for path in paths]
+                stream.write(image.data)  # not through a mapped file: a full disk would end the process
+    arrays = [np.load(path, mmap_mode="r") for path in paths]
+    for path in [job.path for job in new] + [path for path in folder.glob("*-*.npy") if path not in paths]:
+        with contextlib.suppress(OSError):  # on some systems a file that another process maps cannot go
+            path.unlink(missing_ok=True)
+    return arrays
 
 
-def _read_patient(job: tuple) -> dict[str, np.ndarray]:
-    for attempt in range(2):
-        try:
-            with job[0].open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                return dict(stored)
-        except Exception:  # a damaged cache file is made again, once
-            if attempt:
-                raise
-            _make_patient(job)
-    raise AssertionError
+def _read_patient(job: Job) -> dict[str, np.ndarray]:
+    try:
+        return _images(job.path)
+    except Exception:  # a damaged cache file is made again, once
+        _make_patient(job)
+    return _images(job.path)
 
 
-def _make_patient(job: tuple[Path, str, int, dict]) -> None:
-    path, anatomy, index, settings = job
-    rng = np.random.default_rng([settings["seed"], index, settings["part"] == "train"])
+def _images(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def _make_patient(job: Job) -> None:
+    settings = job.settings
+    rng = np.random.default_rng([settings["seed"], job.index, settings["part"] == "train"])
     seed = int(rng.integers(2**31))
-    patient = virtual_patient(load_anatomy(anatomy), seed, slices=settings["slab"])
+    patient = virtual_patient(embedded_anatomy(job.anatomy), seed, slices=settings["slab"])
     scanner = random_scanner(rng)
     standard = scanner.acquire(patient.activity, patient.attenuation, seed)
     spet = scanner.reconstruct(standard)
     low, high = np.log(settings["dose_range"])
     doses = np.exp(rng.uniform(low, high, settings["doses"]))
     lpets = [scanner.reconstruct(standard.thin(dose, int(rng.integers(2**31)))) for dose in doses]
-    scales = [ActivityScale(lpet, (2.0, 2.0, 2.0)) for lpet in lpets]
+    scales = [ActivityScale(lpet, (VOXEL,) * 3) for lpet in lpets]
     weight = np.where(patient.lesions > 0, 2, patient.mask).astype(np.uint8)
 
     def slices(volumes: list[np.ndarray]) -> np.ndarray:
@@ -186,7 +237,7 @@ def _make_patient(job: tuple[Path, str, int, dict]) -> None:
         "weight": np.ascontiguousarray(np.moveaxis(weight, -1, 0)),
         "dose": doses.astype(np.float32),
     }
-    with whole_file(path) as partial, partial.open("wb") as stream:
+    with _shared_file(job.path) as partial, partial.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
 
 
@@ -204,14 +255,13 @@ class SliceDataset:
         return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
 
     def _item(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        c, half, crop = self.cohort, self.profile.context // 2, self.profile.crop
+        c, crop = self.cohort, self.profile.crop
         patient, dose = rng.integers(c.lpet.shape[0]), rng.integers(c.lpet.shape[1])
-        z = int(rng.integers(half, c.lpet.shape[2] - half))
-        near = slice(z - half, z + half + 1)
-        lpet, spet = c.lpet[patient, dose, near].astype(np.float32), c.spet[patient, dose, z : z + 1].astype(np.float32)
-        weight, mr = c.weight[patient, z : z + 1], c.mr[patient, near].astype(np.float32)
+        z, near = self._near(rng)
+        lpet, mr = (volume[near].astype(np.float32) for volume in (c.lpet[patient, dose], c.mr[patient]))
+        spet, weight = c.spet[patient, dose, z : z + 1].astype(np.float32), c.weight[patient, z : z + 1]
         if self.augment:
-            mr = self._disturbed(mr, rng)
+            mr = self._disturbed(mr, near, rng)
         x, y = (
             (n - crop) // 2 + (int(rng.integers(-8, 9)) if self.augment and crop <= 112 else 0) for n in lpet.shape[1:]
         )
@@ -229,17 +279,31 @@ class SliceDataset:
             "dose": np.float32(c.dose[patient, dose])
         }
 
+    def _near(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """A slice, and the slices (context,) that the model sees round it: mostly all there; in a share `thin` of the
+        slices those of a slab of 1 to context - 1 slices round it, whose ends repeat as they do in restoring."""
+        context, last = self.profile.context, self.cohort.lpet.shape[2] - 1
+        half = context // 2
+        z = int(rng.integers(half, last + 1 - half))
+        low, high = 0, last
+        if self.augment and context > 1 and rng.random() < self.profile.thin:
+            depth = int(rng.integers(1, context))
+            low = z - int(rng.integers(depth))
+            high = low + depth - 1
+        return z, neighbours(z, context, low, high)
+
     def _loss_weight(self, kind: np.ndarray) -> np.ndarray:
         return np.array([0.2, 1.0, 1.0 + self.profile.lesion_weight], np.float32)[kind]
 
-    def _disturbed(self, mr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _disturbed(self, mr: np.ndarray, near: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """MR dropped, swapped with another patient's, or shifted by up to 4 mm, in a small share of the slices."""
         draw, p = rng.random(), self.profile
         if draw < p.no_mr:
             return np.zeros_like(mr)
         if draw < p.no_mr + p.wrong_mr:
-            z = int(rng.integers(0, self.cohort.mr.shape[1] - p.context + 1))
-            return self.cohort.mr[rng.integers(len(self.cohort.mr)), z : z + p.context].astype(np.float32)
+            z = near - near.min()
+            z += int(rng.integers(0, self.cohort.mr.shape[1] - z.max()))
+            return self.cohort.mr[rng.integers(len(self.cohort.mr))][z].astype(np.float32)
         if draw < p.no_mr + p.wrong_mr + 0.1:
             return np.roll(mr, rng.integers(-2, 3, 2), axis=(1, 2))
         return mr

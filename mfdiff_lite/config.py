@@ -1,10 +1,12 @@
-"""Profiles: one frozen set of numbers for each size of run. An unknown key or a wrong type is an error, never a silent
-default."""
+"""Settings: frozen sets of numbers that state their ranges once, and profiles, one for each size of run.
+
+An unknown key, a wrong type or a value outside its range is an error, never a silent default.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import types
+import math
 import typing
 from dataclasses import dataclass
 
@@ -13,93 +15,108 @@ VALIDATION_ANATOMIES = ("ahba-15496",)
 TEST_ANATOMIES = ("ahba-15697",)
 FUSIONS = ("gated", "concat", "pet")
 OBJECTIVES = ("split", "sure", "paired")  # of stage 2
+SIDE = 32  # the sides of what the model sees are multiples of this [pixels]
+SCALES = 3  # of the fusion module at most: each halves the image, and its windows must fit into SIDE
+GROUPS = 8  # of the group normalisation: widths are multiples of it
+LOWEST_HEAD = 48  # slices of the smallest embedded head, which a slab must fit into
+FWHM_TO_SD = 1 / math.sqrt(8 * math.log(2))  # full width at half maximum of a Gaussian -> its standard deviation
+
+
+def within(default: typing.Any, low: float, high: float = math.inf) -> typing.Any:
+    """A dataclass field whose value, or each of whose values, lies in [low, high]; `check` holds it to that."""
+    return dataclasses.field(default=default, metadata={"range": (low, high)})
+
+
+def one_of(default: str, names: tuple[str, ...]) -> typing.Any:
+    """A dataclass field with one of the names."""
+    return dataclasses.field(default=default, metadata={"names": names})
+
+
+def check(settings: typing.Any) -> None:
+    """Hold a dataclass to the ranges of its fields. Raises ValueError: which field, what was expected, what found."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "names" in field.metadata and value not in field.metadata["names"]:
+            raise ValueError(f"{field.name}: expected one of {', '.join(field.metadata['names'])}, found {value!r}")
+        if "range" in field.metadata:
+            low, high = field.metadata["range"]
+            found = value if isinstance(value, tuple) else (value,)
+            if not all(low <= v <= high and math.isfinite(v) for v in found):
+                limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+                raise ValueError(f"{field.name}: expected {limits}, found {value}")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Everything that decides a run. Lengths of lists of patients, slices and steps; see each line."""
+    """Everything that decides a run of stage 1. Lengths of lists of patients, slices and steps; see each line."""
 
     name: str
-    seed: int = 0
+    seed: int = within(0, 0)
     # cohort
-    patients: int = 320  # virtual patients to train on, spread over TRAIN_ANATOMIES
-    validation_patients: int = 6
-    slab: int = 16  # axial slices of each
-    doses: int = 2  # low-dose reconstructions of each, dose reduction drawn from `dose_range`
-    dose_range: tuple[float, float] = (4.0, 100.0)
+    patients: int = within(320, 1)  # virtual patients to train on, spread over TRAIN_ANATOMIES
+    validation_patients: int = within(6, 1)
+    slab: int = within(16, 1, LOWEST_HEAD)  # axial slices of each
+    doses: int = within(2, 1)  # low-dose reconstructions of each, dose reduction drawn from `dose_range`
+    dose_range: tuple[float, float] = within((4.0, 100.0), 1)
     # model
-    fusion: str = "gated"  # or a baseline in its place: "concat" (PET and MR in one encoder), "pet" (no MR)
-    fusion_widths: tuple[int, ...] = (32, 64, 128)
-    denoiser_widths: tuple[int, ...] = (32, 64, 128)  # empty: no diffusion, a regression U-Net
-    context: int = 5  # neighbouring slices of each modality that the fusion module sees
+    fusion: str = one_of("gated", FUSIONS)  # or a baseline in its place: "concat" (one encoder), "pet" (no MR)
+    fusion_widths: tuple[int, ...] = within((32, 64, 128), GROUPS, 4096)
+    denoiser_widths: tuple[int, ...] = within((32, 64, 128), GROUPS, 4096)  # empty: no diffusion, a regression U-Net
+    context: int = within(5, 1)  # neighbouring slices of each modality that the fusion module sees
     # stage 1
-    steps: int = 6500
-    batch: int = 8
-    accumulate: int = 1  # parts of a batch, worked on one after the other: less memory, the same result
-    crop: int = 96  # pixels
-    learning_rate: float = 8e-4
-    warmup: int = 200
-    ema: float = 0.999
-    lesion_weight: float = 8.0  # of voxels in lesions, beside 1 for the brain
-    no_mr: float = 0.08  # share of training slices without MR
-    wrong_mr: float = 0.06  # ... with another patient's MR
-    validate_every: int = 250
-    checkpoint_every: int = 250
+    steps: int = within(6500, 1)
+    batch: int = within(8, 1)
+    accumulate: int = within(1, 1)  # parts of a batch, worked on one after the other: less memory, the same result
+    crop: int = within(96, SIDE, 128)  # pixels
+    learning_rate: float = within(8e-4, 0, 1)
+    warmup: int = within(200, 0)
+    ema: float = within(0.999, 0, 1)
+    lesion_weight: float = within(8.0, 0)  # of voxels in lesions, beside 1 for the brain
+    no_mr: float = within(0.08, 0, 1)  # share of training slices without MR
+    wrong_mr: float = within(0.06, 0, 1)  # ... with another patient's MR
+    thin: float = within(0.1, 0, 1)  # ... from a slab thinner than `context`, its ends repeated as in restoring
+    validate_every: int = within(250, 1)
+    checkpoint_every: int = within(250, 1)
 
     def __post_init__(self) -> None:
-        for key in (
-            "patients",
-            "validation_patients",
-            "slab",
-            "doses",
-            "steps",
-            "batch",
-            "accumulate",
-            "validate_every",
-            "checkpoint_every",
-        ):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: expected at least 1, found {getattr(self, key)}")
-        if not 1 <= self.dose_range[0] <= self.dose_range[1] < float("inf"):
-            raise ValueError(
-                f"dose_range: expected lowest,highest dose-reduction factor, each at least 1, found {self.dose_range}"
-            )
-        if self.crop % 32 or not 32 <= self.crop <= 128:
-            raise ValueError(f"crop: expected a multiple of 32 from 32 to 128, found {self.crop}")
-        if not self.fusion_widths:
-            raise ValueError("fusion_widths: expected channels of each scale, e.g. 32,64,128, found none")
-        if self.fusion not in FUSIONS:
-            raise ValueError(f"fusion: expected one of {', '.join(FUSIONS)}, found {self.fusion!r}")
-        if self.context % 2 == 0 or not 1 <= self.context <= self.slab:
+        check(self)
+        if self.dose_range[0] > self.dose_range[1]:
+            raise ValueError(f"dose_range: expected lowest,highest dose-reduction factor, found {self.dose_range}")
+        if self.crop % SIDE:
+            raise ValueError(f"crop: expected a multiple of {SIDE}, found {self.crop}")
+        for key, fewest in (("fusion_widths", 1), ("denoiser_widths", 0)):
+            widths = getattr(self, key)
+            if not fewest <= len(widths) <= SCALES or any(width % GROUPS for width in widths):
+                raise ValueError(
+                    f"{key}: expected the channels of {fewest} to {SCALES} scales, multiples of {GROUPS}, e.g. "
+                    f"32,64,128, found {','.join(map(str, widths)) or 'none'}"
+                )
+        if self.context % 2 == 0 or self.context > self.slab:
             raise ValueError(
                 f"context: expected an odd number of slices, at most slab = {self.slab}, found {self.context}"
             )
+        if self.no_mr + self.wrong_mr > 1:
+            raise ValueError(f"no_mr: expected no_mr + wrong_mr of at most 1, found {self.no_mr} + {self.wrong_mr}")
 
 
 @dataclass(frozen=True)
 class Adaptation:
     """Everything that decides a run of stage 2. Unlike a `Profile` it fits any size of model."""
 
-    objective: str = "split"
-    seed: int = 0
-    steps: int = 100  # at most; most targets have what they get by 60
-    batch: int = 8  # slices of the target
-    rehearsal: float = 0.25  # slices of stage 1's simulated patients, as a share of `batch`; 0: none
-    rehearsal_patients: int = 20
-    learning_rate: float = 5e-4
-    ema: float = 0.98
-    validate_every: int = 20
-    patience: int = 4  # validations without a lower held-out loss before it stops
-    trained: str = "specific"  # "all" weights: for what stage 2 is compared with
+    objective: str = one_of("auto", ("auto", *OBJECTIVES))  # "auto": the best that the scan allows
+    seed: int = within(0, 0)
+    steps: int = within(100, 1)  # at most; most targets have what they get by 60
+    batch: int = within(8, 1)  # slices of the target
+    rehearsal: float = within(0.25, 0, 8)  # slices of stage 1's patients, as a share of `batch`; 0: none
+    rehearsal_patients: int = within(20, 1)
+    learning_rate: float = within(5e-4, 0, 10)
+    ema: float = within(0.98, 0, 1)
+    validate_every: int = within(20, 1)
+    patience: int = within(4, 1)  # validations without a lower held-out loss before it stops
+    trained: str = one_of("specific", ("specific", "all"))  # "all" weights: for what stage 2 is compared with
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {self.objective!r}")
-        if self.trained not in ("specific", "all"):
-            raise ValueError(f"trained: expected specific or all, found {self.trained!r}")
-        for key in ("steps", "batch", "rehearsal_patients", "validate_every", "patience"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: expected at least 1, found {getattr(self, key)}")
+        check(self)
 
 
 PROFILES = {
@@ -143,7 +160,7 @@ def load_profile(name: str, /, **overrides: object) -> Profile:
     """A named profile with single values replaced: `load_profile("cpu", steps=100)`; strings are parsed ("steps":
     "100").
 
-    Raises ValueError for an unknown profile or key, or a value of the wrong type.
+    Raises ValueError for an unknown profile or key, or a value of the wrong type or outside its range.
     """
     if name not in PROFILES:
         raise ValueError(f"profile: expected one of {', '.join(PROFILES)}, found {name!r}; choose a listed name")
@@ -165,7 +182,7 @@ def _replaced(settings: typing.Any, called: str, overrides: dict[str, object]) -
     return dataclasses.replace(settings, **parsed)
 
 
-def _parsed(key: str, value: object, kind: type | types.GenericAlias) -> object:
+def _parsed(key: str, value: object, kind: typing.Any) -> object:
     if typing.get_origin(kind) is tuple:
         item, *others = typing.get_args(kind)
         parts = [p for p in value.strip("()[] ").split(",") if p] if isinstance(value, str) else value

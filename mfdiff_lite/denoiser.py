@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fusion import Decoder, Encoder, double, halve, zero_head
+from .fusion import Decoder, Encoder, zero_head
 from .layers import Embedding, ResidualBlock, dose_scalar
 
 
@@ -29,6 +29,8 @@ class ConditionalUNet(nn.Module):
 
     def forward(self, xt: Tensor, time: Tensor, lpet: Tensor, feature: Tensor, dose_reduction: Tensor) -> Tensor:
         condition = self.embed(time, dose_scalar(dose_reduction))
-        features = self.encoder(torch.cat([halve(xt), halve(lpet), feature], dim=1), condition)
+        features = self.encoder(
+            torch.cat([F.pixel_unshuffle(xt, 2), F.pixel_unshuffle(lpet, 2), feature], dim=1), condition
+        )
         features[-1] = self.middle(features[-1], condition)
-        return double(self.head(F.silu(self.decoder(features, condition))))
+        return F.pixel_shuffle(self.head(F.silu(self.decoder(features, condition))), 2)

@@ -7,22 +7,25 @@ which even a perfect scanner blurs). All numbers are on the brain mask, in activ
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from nibabel.processing import resample_from_to
 from scipy import ndimage
 
 from . import metrics
-from .anatomy import load_anatomy
+from .anatomy import embedded_anatomy
 from .baselines import gaussian
 from .phantom import virtual_patient
-from .scan import ActivityScale, Scan
+from .scan import Scan
+from .view import brain_mask
 
+REFERENCES = {"spet": "spet", "truth": "activity"}  # what "against" means -> the image of the scan
 COLUMNS = {
     "psnr": "PSNR [dB]",
     "ssim": "SSIM",
@@ -79,72 +82,99 @@ def score(x: np.ndarray, reference: np.ndarray, mask: np.ndarray, scan: Scan | N
     """All metrics of one image against one reference; lesion metrics if the scan knows its lesions."""
     row = {name: getattr(metrics, name)(x, reference, mask) for name in ("psnr", "ssim", "nrmse", "activity_bias")}
     if scan is not None and scan.lesion_table and scan.tissues is not None:
-        brain = scan.tissues > 0
-        row["contrast_kept"] = metrics.contrast_kept(x, reference, scan.lesions, scan.lesion_table, brain)
-        row["mr_leak"] = metrics.mr_leak(x, reference, scan.lesions, scan.lesion_table, brain)
+        known = (x, reference, scan.lesions, scan.lesion_table, scan.tissues > 0)
+        row["contrast_kept"] = metrics.contrast_kept(*known, voxel_size=scan.voxel_size)
+        row["mr_leak"] = metrics.mr_leak(*known, voxel_size=scan.voxel_size)
     return row
 
 
-def brain_mask(scan: Scan) -> np.ndarray:
-    """The scan's own mask, or a rough one from its LPET (never from the SPET or the result)."""
-    return scan.mask if scan.mask is not None else ActivityScale(scan.lpet, scan.voxel_size).mask
+@dataclass(frozen=True)
+class Judge:
+    """What images of a scan are judged against: the one door for `compare`, `evaluate` and `audit_mr`.
+
+    against: "spet" or "truth". Raises ValueError if the scan lacks that reference, or shows no brain to judge in.
+    """
+
+    scan: Scan
+    against: str = "spet"
+
+    def __post_init__(self) -> None:
+        if self.against not in REFERENCES:
+            raise ValueError(f"against: expected one of {', '.join(REFERENCES)}, found {self.against!r}")
+        if self.reference is None:
+            raise ValueError(
+                f"{self.scan.name}: expected a scan with its {self.against}, found none; load it with spet_path, or "
+                "simulate a patient"
+            )
+        if not self.mask.any():
+            raise ValueError(f"{self.scan.name}: expected a brain mask, found no voxel in it; check mask and LPET")
+
+    @property
+    def reference(self) -> np.ndarray | None:
+        """(X, Y, Z), what images are compared with."""
+        return getattr(self.scan, REFERENCES[self.against])
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """(X, Y, Z) bool, where."""
+        return brain_mask(self.scan)
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        dose = "" if math.isnan(self.scan.dose_reduction) else f", DRF {self.scan.dose_reduction:g}"
+        return f"{self.scan.name}{dose}, against {'SPET' if self.against == 'spet' else 'truth'}"
+
+    def __call__(self, image: Any, called: str = "image") -> dict[str, float]:
+        """All metrics of an image: (X, Y, Z), or a slice of a scan of one; NumPy or torch."""
+        return score(self.scan.on_grid(image, called), self.reference, self.mask, self.scan)
 
 
 def compare(scan: Scan, restored: Any, against: str = "spet") -> Table:
-    """One case as a table: LPET, Gaussian, and the restoration's coarse estimate, first sample and mean.
+    """One case as a table: LPET, Gaussian, and what was made of it.
 
-    restored: a `Restoration`, or a dict name -> image. against: "spet" or "truth". Raises ValueError if the scan lacks
-    that reference.
+    restored: a `Restoration` (its coarse estimate, first sample and mean), an image, or a dict name -> image; images as
+    arrays or tensors on the scan's grid. against: "spet" or "truth". Raises ValueError if the scan lacks that
+    reference, or if an image has another shape.
     """
-    reference = {"spet": scan.spet, "truth": scan.activity}.get(against)
-    if reference is None:
-        raise ValueError(
-            f"compare: expected a scan with its {against}, found none; load it with spet_path, or simulate a patient"
-        )
-    images = {"LPET": scan.lpet, "Gaussian": gaussian(scan)}
-    images |= restored if isinstance(restored, dict) else _images(restored)
-    mask = brain_mask(scan)
-    dose = f"{scan.name}, DRF {scan.dose_reduction:g}, against {'SPET' if against == 'spet' else 'truth'}"
-    return Table(dose, {name: score(_as_volume(image), reference, mask, scan) for name, image in images.items()})
+    judge = Judge(scan, against)
+    images = {"LPET": scan.lpet, "Gaussian": gaussian(scan)} | named_images(restored)
+    return Table(judge.title, {name: judge(image, name) for name, image in images.items()})
 
 
-def _images(restored: Any) -> dict[str, Any]:
-    k = restored.settings["n_samples"]
+def named_images(restored: Any) -> dict[str, Any]:
+    """Name -> image of a `Restoration`, of one image, or of a dict of them."""
+    if isinstance(restored, dict):
+        return restored
+    if not hasattr(restored, "coarse"):
+        return {"restored": restored}
+    k = len(restored.samples)
     images = {"coarse": restored.coarse, "one sample": restored.samples[0]}
     return images | ({f"mean of {k} samples": restored.mean} if k > 1 else {})
-
-
-def _as_volume(image: Any) -> np.ndarray:
-    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    return array[..., None] if array.ndim == 2 else array
 
 
 def evaluate(methods: dict[str, Callable[[Scan], np.ndarray]], scans: Iterable[Scan]) -> dict[str, Any]:
     """Methods on many scans: {"patients": [per patient {against: {method: metrics}}], "summary": {against: {method:
     {metric: mean and ci95}}}}.
 
-    methods: name -> function of a scan that returns an image. The confidence interval is over patients.
+    methods: name -> function of a scan that returns an image. The confidence interval is over patients; an `against` is
+    summarised if every scan has it. Raises ValueError for no scans, and for a scan with neither SPET nor truth.
     """
-    patients = []
+    patients: list[dict[str, Any]] = []
     for scan in scans:
+        known = [key for key, name in REFERENCES.items() if getattr(scan, name) is not None]
+        judges = {key: Judge(scan, key) for key in known or ["spet"]}
         images = {"LPET": scan.lpet, **{name: method(scan) for name, method in methods.items()}}
-        references = {"spet": scan.spet, "truth": scan.activity}
-        patients.append(
-            {"name": scan.name}
-            | {
-                key: {n: score(x, ref, scan.mask, scan) for n, x in images.items()}
-                for key, ref in references.items()
-                if ref is not None
-            }
-        )
-    return {
-        "patients": patients,
-        "summary": {key: summarise([p[key] for p in patients]) for key in ("spet", "truth") if key in patients[0]},
-    }
+        rows = {key: {name: judge(image, name) for name, image in images.items()} for key, judge in judges.items()}
+        patients.append({"name": scan.name} | rows)
+    if not patients:
+        raise ValueError("evaluate: expected at least one scan, found none; pass scans with SPET or truth")
+    shared = [key for key in REFERENCES if all(key in patient for patient in patients)]
+    return {"patients": patients, "summary": {key: summarise([p[key] for p in patients]) for key in shared}}
 
 
 def audit_mr(
-    method: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
+    method: Callable[[np.ndarray, np.ndarray | None], Any],
     scan: Scan,
     other_mr: np.ndarray | None = None,
     against: str = "spet",
@@ -153,27 +183,29 @@ def audit_mr(
 
     method: any callable (lpet, mr) -> pet on the scan's grid; for "no MR" it gets `mr=None`. other_mr: (X, Y, Z), the
     MR of another head, default `another_mr`. A method that degrades safely falls back to its own "no MR" row, however
-    wrong the MR.
+    wrong the MR. Raises ValueError for a scan without MR or without the reference.
     """
-    reference = scan.spet if against == "spet" else scan.activity
-    title = f"{scan.name}, DRF {scan.dose_reduction:g}, against {'SPET' if against == 'spet' else 'truth'}"
-    rows = {
-        name: score(_as_volume(method(scan.lpet, mr)), reference, brain_mask(scan), scan)
-        for name, mr in mr_conditions(scan, other_mr).items()
-    }
-    return Table(title, rows)
+    judge = Judge(scan, against)
+    conditions = mr_conditions(scan, other_mr)
+    return Table(judge.title, {name: judge(method(scan.lpet, mr), name) for name, mr in conditions.items()})
 
 
-def another_mr(scan: Scan, anatomy: str = "icbm152", seed: int = 1) -> np.ndarray:
+def another_mr(scan: Scan, anatomy: str | None = None, seed: int = 1) -> np.ndarray:
     """The MR of another virtual patient in the place of the scan's own, at the same height on the grid: (X, Y, Z).
-    Heads differ and are posed at random, so anatomical levels agree only roughly."""
-    other = virtual_patient(load_anatomy(anatomy), seed)
+    Heads differ and are posed at random, so anatomical levels agree only roughly. anatomy: default icbm152, or another
+    head for a scan of that one. Raises ValueError if that patient is the scan's own."""
+    anatomy = anatomy or ("ahba-9861" if scan.name.startswith("icbm152") else "icbm152")
+    other = virtual_patient(embedded_anatomy(anatomy), seed)
+    if other.name == scan.name:
+        raise ValueError(f"another_mr: expected another patient than {scan.name}, found the same; choose another seed")
     whole_head = nib.Nifti1Image(other.mr, other.affine)
     return resample_from_to(whole_head, (scan.lpet.shape, scan.affine), order=1).get_fdata(dtype=np.float32)
 
 
 def mr_conditions(scan: Scan, other_mr: np.ndarray | None = None) -> dict[str, np.ndarray | None]:
-    """The MRs of the audit by name. Shifts go along the first axis."""
+    """The MRs of the audit by name. Shifts go along the first axis. Raises ValueError for a scan without MR."""
+    if scan.mr is None:
+        raise ValueError(f"{scan.name}: expected a scan with MR to audit what it does, found none")
     other_mr = another_mr(scan) if other_mr is None else other_mr
     shifts = {
         f"MR shifted by {mm} mm": ndimage.shift(scan.mr, (mm / scan.voxel_size[0], 0, 0), order=1, mode="nearest")

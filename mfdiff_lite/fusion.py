@@ -25,9 +25,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import SCALES, SIDE
 from .layers import Embedding, ResidualBlock, dose_scalar
 
-WINDOW = 4  # side of a block of queries in feature pixels; image sides must be multiples of 8 * WINDOW = 32
+WINDOW = SIDE // 2**SCALES  # side of a block of queries in feature pixels, at every scale
 HALO = 2  # feature pixels of MR that a block sees beyond each of its sides
 REACH = WINDOW + 2 * HALO
 SPREADS = (0.5, 1.0, 2.0, 4.0)  # SD of the attention of each head to begin with, feature pixels
@@ -61,14 +62,14 @@ class MultiModalityFusion(nn.Module):
 
     def forward(self, lpet: Tensor, mr: Tensor, dose_reduction: Tensor) -> Fused:
         condition = self.embed(dose_scalar(dose_reduction))
-        pet_features = self.pet_encoder(halve(lpet), condition)
+        pet_features = self.pet_encoder(F.pixel_unshuffle(lpet, 2), condition)
         seen = (mr != 0).flatten(1).any(1)[:, None, None, None]  # (B, 1, 1, 1), no for an empty MR
-        mr_features = [m * seen for m in self.mr_encoder(halve(mr), condition)]
+        mr_features = [m * seen for m in self.mr_encoder(F.pixel_unshuffle(mr, 2), condition)]
         fused, gates, similarities = zip(
             *(f(p, m) for f, p, m in zip(self.fuse, pet_features, mr_features, strict=True)), strict=True
         )
         feature = self.decoder(fused, condition)
-        coarse = smooth(lpet) + double(self.head(F.silu(feature)))
+        coarse = smooth(lpet) + F.pixel_shuffle(self.head(F.silu(feature)), 2)
         return Fused(feature, coarse, seen * gates[0].mean(1, keepdim=True), similarities[0].mean(1, keepdim=True))
 
 
@@ -89,11 +90,11 @@ class PlainFusion(nn.Module):
     def forward(self, lpet: Tensor, mr: Tensor, dose_reduction: Tensor) -> Fused:
         condition = self.embed(dose_scalar(dose_reduction))
         images = torch.cat([lpet, mr], dim=1) if self.with_mr else lpet
-        features = self.encoder(halve(images), condition)
+        features = self.encoder(F.pixel_unshuffle(images, 2), condition)
         features[-1] = self.middle(features[-1], condition)
         feature = self.decoder(features, condition)
         nothing = torch.zeros_like(feature[:, :1])
-        return Fused(feature, smooth(lpet) + double(self.head(F.silu(feature))), nothing, nothing)
+        return Fused(feature, smooth(lpet) + F.pixel_shuffle(self.head(F.silu(feature)), 2), nothing, nothing)
 
 
 class GatedFusion(nn.Module):
@@ -190,21 +191,11 @@ class Decoder(nn.Module):
 
 
 def zero_head(channels: int) -> nn.Conv2d:
-    """Features -> the four interleaved pixels of `double`; starts at zero, so that training starts at the Gaussian."""
+    """Features -> the four pixels that `pixel_shuffle` interleaves; starts at zero: training starts at the Gaussian."""
     head = nn.Conv2d(channels, 4, 3, padding=1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
-
-
-def halve(image: Tensor) -> Tensor:
-    """Pixel unshuffle: (B, C, 2H, 2W) -> (B, 4C, H, W), four times cheaper and nothing lost."""
-    return rearrange(image, "b c (h i) (w j) -> b (c i j) h w", i=2, j=2)
-
-
-def double(features: Tensor) -> Tensor:
-    """The inverse of `halve`."""
-    return rearrange(features, "b (c i j) h w -> b c (h i) (w j)", i=2, j=2)
 
 
 def smooth(slices: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import GROUPS
+
 
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with group normalisation, modulated by a condition (FiLM, Perez et al. 2018): (B, C, H, W)
@@ -15,7 +17,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, condition: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, out_channels)
+        self.norm1, self.norm2 = nn.GroupNorm(GROUPS, channels), nn.GroupNorm(GROUPS, out_channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(condition, 2 * out_channels)

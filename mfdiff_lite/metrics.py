@@ -10,7 +10,11 @@ import numpy as np
 from scipy import ndimage, stats
 from skimage.metrics import structural_similarity
 
-from .scan import Lesion
+from .phantom import Lesion
+
+Voxel = tuple[float, float, float]
+RING = (3.0, 9.0)  # mm from a lesion to the inner and outer edge of the ring that it is compared with
+SSIM_WINDOW = 11  # pixels: a Gaussian of SD 1.5, cut at 3.5 SD
 
 
 def peak(reference: np.ndarray, mask: np.ndarray) -> float:
@@ -34,7 +38,9 @@ def nrmse(x: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
 
 def ssim(x: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
     """Structural similarity, Gaussian window of SD 1.5 pixels, data range = peak, on whole axial slices, averaged in
-    the mask (Wang 2004)."""
+    the mask (Wang 2004). NaN for slices smaller than its window."""
+    if min(x.shape[:2]) < SSIM_WINDOW:
+        return float("nan")
     total, data_range = 0.0, peak(reference, mask)
     for z in np.flatnonzero(mask.any((0, 1))):
         _, image = structural_similarity(
@@ -55,17 +61,21 @@ def activity_bias(x: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> flo
     return float(x[mask].sum(dtype=float) / reference[mask].sum(dtype=float) - 1)
 
 
-def lesion_contrast(x: np.ndarray, lesions: np.ndarray, label: int, brain: np.ndarray) -> float:
-    """a / b - 1: mean in the lesion over mean in the ring round it (2 to 8 mm away at 2 mm voxels, brain only, other
-    lesions left out). NaN if the volume shows no such lesion or no ring."""
+def lesion_contrast(
+    x: np.ndarray, lesions: np.ndarray, label: int, brain: np.ndarray, voxel_size: Voxel = (2.0, 2.0, 2.0)
+) -> float:
+    """a / b - 1: mean in the lesion over mean in the ring round it (centres of voxels more than 3 and at most 9 mm from
+    the nearest one of the lesion, brain only, other lesions left out). voxel_size: mm. NaN if the volume shows no such
+    lesion or no ring."""
     where = np.argwhere(lesions == label)
     if not len(where):
         return float("nan")
-    low, high = np.maximum(where.min(0) - 6, 0), where.max(0) + 7
+    reach = np.ceil(RING[1] / np.array(voxel_size)).astype(int) + 1
+    low, high = np.maximum(where.min(0) - reach, 0), where.max(0) + reach + 1
     near = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     inside = lesions[near] == label
-    distance = ndimage.distance_transform_edt(~inside)
-    ring = (distance > 1.5) & (distance <= 4.5) & brain[near] & (lesions[near] == 0)
+    distance = ndimage.distance_transform_edt(~inside, sampling=voxel_size)
+    ring = (distance > RING[0]) & (distance <= RING[1]) & brain[near] & (lesions[near] == 0)
     if not ring.any():
         return float("nan")
     return float(x[near][inside].mean() / max(float(x[near][ring].mean()), 1e-6) - 1)
@@ -79,6 +89,7 @@ def contrast_kept(
     brain: np.ndarray,
     kind: str = "pet-only",
     across: tuple[float, float] = (0.0, np.inf),
+    voxel_size: Voxel = (2.0, 2.0, 2.0),
 ) -> float:
     """How much of the reference's lesion contrast x shows: slope of contrast in x on contrast in the reference, over
     the lesions of a kind whose diameter [mm] lies in `across`.
@@ -86,26 +97,30 @@ def contrast_kept(
     1 keeps all, 0 none. A slope through the origin, because single ratios explode for lesions of almost no contrast.
     NaN without lesions.
     """
-    pairs = [
-        [lesion_contrast(image, lesions, one.label, brain) for image in (x, reference)]
-        for one in table
-        if one.kind == kind and across[0] <= 2 * one.radius < across[1]
-    ]
-    pairs = np.array([p for p in pairs if np.isfinite(p).all()]).reshape(-1, 2)
-    return float(pairs.prod(1).sum() / (pairs[:, 1] ** 2).sum()) if len(pairs) else float("nan")
+    chosen = [one for one in table if one.kind == kind and across[0] <= 2 * one.radius < across[1]]
+    found = _contrasts(x, reference, lesions, chosen, brain, voxel_size)
+    return float(found.prod(1).sum() / (found[:, 1] ** 2).sum()) if len(found) else float("nan")
 
 
 def mr_leak(
-    x: np.ndarray, reference: np.ndarray, lesions: np.ndarray, table: tuple[Lesion, ...], brain: np.ndarray
+    x: np.ndarray,
+    reference: np.ndarray,
+    lesions: np.ndarray,
+    table: tuple[Lesion, ...],
+    brain: np.ndarray,
+    voxel_size: Voxel = (2.0, 2.0, 2.0),
 ) -> float:
     """False contrast at MR-only lesions: mean |contrast in x - contrast in the reference|. NaN without such lesions."""
-    differences = [
-        lesion_contrast(x, lesions, one.label, brain) - lesion_contrast(reference, lesions, one.label, brain)
-        for one in table
-        if one.kind == "mr-only"
+    found = _contrasts(x, reference, lesions, [one for one in table if one.kind == "mr-only"], brain, voxel_size)
+    return float(np.abs(found[:, 0] - found[:, 1]).mean()) if len(found) else float("nan")
+
+
+def _contrasts(x, reference, lesions, chosen: list[Lesion], brain, voxel_size: Voxel) -> np.ndarray:
+    """Contrast in x and in the reference of the chosen lesions that both show, (n, 2)."""
+    pairs = [
+        [lesion_contrast(image, lesions, one.label, brain, voxel_size) for image in (x, reference)] for one in chosen
     ]
-    differences = np.abs([d for d in differences if np.isfinite(d)])
-    return float(differences.mean()) if len(differences) else float("nan")
+    return np.array([pair for pair in pairs if np.isfinite(pair).all()]).reshape(-1, 2)
 
 
 def coverage(

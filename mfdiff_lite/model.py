@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -30,11 +31,13 @@ from torch import Tensor, nn
 from .config import Profile
 from .denoiser import ConditionalUNet
 from .diffusion import NoiseSchedule, diffuse, sample, velocity
+from .files import refuse_to_write, whole_file
 from .fusion import FUSIONS, Fused
-from .scan import ActivityScale, Scan, WorkingGrid, scale_mr, whole_file
+from .scan import Scan
+from .view import FIDELITY_SD, ModelView
 
 STEPS, START = 6, 0.9  # sampler steps and warm start, chosen on validation patients (the start: by their spread)
-FIDELITY, FIDELITY_SD = 0.0, 1.5  # default pull towards the measured LPET (chosen likewise), and its SD in voxels
+FIDELITY = 0.0  # default pull towards the measured LPET (chosen likewise)
 
 
 class MFdiff(nn.Module):
@@ -67,7 +70,13 @@ class MFdiff(nn.Module):
             return cls(profile.fusion_widths, profile.denoiser_widths, profile.context, profile.fusion)
 
     @property
+    def context(self) -> int:
+        """Slices of each modality that it sees round the one to restore."""
+        return self.fusion.context
+
+    @property
     def n_parameters(self) -> int:
+        """How many weights it has."""
         return sum(p.numel() for p in self.parameters())
 
     @property
@@ -150,84 +159,65 @@ class MFdiff(nn.Module):
         of what the measured LPET says beyond noise is put back (0: the model alone; higher: more lesion contrast, more
         noise). seed: fixes the samples, slice by slice, whatever the batch. progress: wraps the iterable of slices,
         e.g. `tqdm`. Memory does not grow with the slices worked on. Raises ValueError for n_samples < 1, fidelity
-        outside [0, 1] or steps that the sampler cannot take.
+        outside [0, 1], steps that the sampler cannot take, or a scan whose dose reduction is not known.
         """
         if n_samples < 1:
             raise ValueError(f"n_samples: expected at least 1, found {n_samples}")
         if not 0 <= fidelity <= 1:
             raise ValueError(f"fidelity: expected 0 to 1, found {fidelity}")
         self.schedule.times(steps, start)  # refuse before any work
-        grid = WorkingGrid(scan)
-        raw = grid.to(scan.lpet)
-        scale = ActivityScale(raw, grid.voxel_size)
-        lpet = scale.apply(raw)  # (X, Y, Z)
-        mr = np.zeros_like(lpet) if scan.mr is None else scale_mr(grid.to(scan.mr), scale.mask)
-        coarse, gate = np.empty_like(lpet), np.empty_like(lpet)
-        samples = np.empty((n_samples, *lpet.shape), np.float16)
+        view = ModelView(scan, self.context)
+        self._warn_of_repeated_slices(view)
+        sampler = {"steps": steps, "start": start, "method": method}
+        coarse, gate = np.empty_like(view.lpet), np.empty_like(view.lpet)
+        samples = np.empty((n_samples, *view.shape), np.float16)
         self.eval()
-        for z in progress(range(lpet.shape[2])):
-            drawn, fused = self._restore_slice(lpet, mr, z, scan.dose_reduction, n_samples, seed, steps, start, method)
-            samples[..., z] = drawn
-            coarse[..., z] = fused.coarse[0, 0].cpu().numpy()
-            gate[..., z] = nn.functional.interpolate(fused.gate, scale_factor=2)[0, 0].cpu().numpy()
+        for z in progress(range(view.shape[2])):
+            samples[..., z], coarse[..., z], gate[..., z] = self._restore_slice(view, z, n_samples, seed, sampler)
         mean = samples.mean(0, dtype=np.float32)
-        correction = fidelity * measured_beyond_noise(lpet - mean)
-        outside = ndimage.gaussian_filter(scan.lpet, [FIDELITY_SD * 2 / v for v in scan.voxel_size])
-
-        def finish(volume: np.ndarray) -> Any:
-            return scan.like_input(grid.back(scale.invert(volume + correction), outside))
-
-        nothing = np.zeros_like(scan.lpet)
-        spread = samples.std(0, dtype=np.float32) * scale.value
+        correction = fidelity * measured_beyond_noise(view.lpet - mean)
         return Restoration(
-            mean=finish(mean),
-            std=scan.like_input(grid.back(spread, nothing)),
-            coarse=finish(coarse),
-            gate=scan.like_input(grid.back(gate, nothing)),
+            mean=view.restored(mean + correction),
+            std=view.back(samples.std(0, dtype=np.float32) * view.scale.value),
+            coarse=view.restored(coarse + correction),
+            gate=view.back(gate),
+            samples=Samples(samples, correction, view),
             unit=scan.unit,
-            settings={
-                "n_samples": n_samples,
-                "steps": steps,
-                "start": start,
-                "method": method,
-                "fidelity": fidelity,
-                "seed": seed,
-            },
-            _samples=samples,
-            _finish=finish,
+            settings={"n_samples": n_samples, **sampler, "fidelity": fidelity, "seed": seed},
         )
 
-    def _restore_slice(self, lpet, mr, z, dose, n_samples, seed, steps, start, method) -> tuple[np.ndarray, Fused]:
-        """One slice of the working grid, padded to multiples of 32 for the blocks and cut back: samples (K, X, Y),
-        and what the fusion module made, its coarse estimate the mean of the views."""
+    def _restore_slice(
+        self, view: ModelView, z: int, n_samples: int, seed: int, sampler: dict[str, Any]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One slice: samples (K, x, y), coarse estimate, the mean of the views, and gate (x, y)."""
         device = next(self.parameters()).device
-        half = self.fusion.context // 2
-        near = np.clip(np.arange(z - half, z + half + 1), 0, lpet.shape[2] - 1)
-        x, y = lpet.shape[:2]
-        pad = ((0, 0), (0, -x % 32), (0, -y % 32))
-        pet_slices, mr_slices = (
-            torch.from_numpy(np.pad(np.moveaxis(v[..., near], -1, 0), pad))[None].to(
-                device, memory_format=torch.channels_last
-            )
-            for v in (lpet, mr)
-        )
-        noise = paired_noise(n_samples, tuple(pet_slices.shape[-2:]), [seed, z]).to(device)
-        doses = torch.full((1,), float(dose), device=device)
+        seen = {key: torch.from_numpy(value).to(device) for key, value in view.slices(np.array([z])).items()}
+        noise = paired_noise(n_samples, tuple(seen["lpet"].shape[-2:]), [seed, z]).to(device)
         fresh = torch.Generator(device).manual_seed(int(np.random.default_rng([seed, z, 1]).integers(2**62)))
         # The second, fourth, ... pair of samples sees left and right exchanged: what depends on the side averages out.
         mirrored = torch.arange(n_samples) // 2 % 2 == 1
-        residuals, views = torch.empty_like(noise), []
+        residuals, coarse, gates = torch.empty_like(noise), [], []
         for flip in [False, True] if mirrored.any() else [False]:
             turn = (lambda image: image.flip(-2)) if flip else (lambda image: image)
-            maps = noise[mirrored == flip][None]
-            drawn, fused = self.restore_slices(
-                turn(pet_slices), turn(mr_slices), doses, maps, steps, start, method, fresh
-            )
+            lpet, mr, maps = turn(seen["lpet"]), turn(seen["mr"]), noise[mirrored == flip][None]
+            drawn, fused = self.restore_slices(lpet, mr, seen["dose"], maps, **sampler, generator=fresh)
             residuals[mirrored == flip] = turn(drawn[0] - fused.coarse[0])
-            views.append(fused._replace(coarse=turn(fused.coarse), gate=turn(fused.gate)))
-        coarse = torch.stack([view.coarse for view in views]).mean(0)
-        cut = views[0]._replace(coarse=coarse[..., :x, :y], gate=views[0].gate[..., : (x + 1) // 2, : (y + 1) // 2])
-        return (coarse[0] + residuals)[:, :x, :y].cpu().numpy(), cut
+            coarse.append(turn(fused.coarse[0, 0]))
+            gates.append(nn.functional.interpolate(fused.gate, scale_factor=2)[0, 0])
+        middle = torch.stack(coarse).mean(0)
+        first, second, third = (view.cut(x.cpu().numpy()) for x in (middle + residuals, middle, gates[0]))
+        return first, second, third
+
+    def _warn_of_repeated_slices(self, view: ModelView) -> None:
+        """Weights from before training knew thin slabs take the noise of a repeated slice for signal."""
+        depth = view.shape[2]
+        if depth < self.context and not self.card.get("profile", {}).get("thin"):
+            warnings.warn(
+                f"{view.scan.name}: expected at least {self.context} slices, found {depth}; these weights never saw "
+                "a slice repeated in its neighbours' place and restore one about as well as a Gaussian filter, 2 to 4 "
+                "dB below the same slice of a volume: give the neighbouring slices too",
+                stacklevel=3,
+            )
 
 
 def residual_sd(dose_reduction: Tensor) -> Tensor:
@@ -249,41 +239,55 @@ def measured_beyond_noise(residual: np.ndarray) -> np.ndarray:
     return ndimage.gaussian_filter(residual, sd, mode="nearest")
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Any]):
+    """The K samples of a restoration, each brought to the scan's grid, kind and unit when it is asked for."""
+
+    maps: np.ndarray  # (K, x, y, z) float16, scaled activity on the working grid
+    correction: np.ndarray  # (x, y, z), what `fidelity` puts back
+    view: ModelView
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.view.restored(self.maps[index].astype(np.float32) + self.correction)
+
+
+@dataclass(frozen=True, eq=False)
 class Restoration:
     """What came out, in the kind, shape and unit of the scan's LPET. mean, std: of the K samples; coarse: the fusion
-    head's estimate; gate: how much MR was let in, [0, 1]; samples: (K, ...) single samples."""
+    head's estimate; gate: how much MR was let in, [0, 1]; samples: single samples, made when asked for."""
 
     mean: Any
     std: Any
     coarse: Any
     gate: Any
+    samples: Samples
     unit: str
     settings: dict[str, Any]
-    _samples: np.ndarray
-    _finish: Callable[[np.ndarray], Any]
-
-    @property
-    def samples(self) -> list[Any]:
-        """The K samples, each on the grid of the scan (made when asked for)."""
-        return [self._finish(one.astype(np.float32)) for one in self._samples]
 
 
-def save_model(model: MFdiff, path: str | Path, card: dict[str, Any], force: bool = True) -> Path:
-    """Write weights (float32 safetensors, the card inside) and the card again as JSON beside it."""
+def save_model(model: MFdiff, path: str | Path, card: dict[str, Any], force: bool = True, half: bool = False) -> Path:
+    """Write weights (safetensors, the card inside) and the card again as JSON beside it. half: in half precision, as
+    the shipped ones are. Without `force` neither file is replaced."""
     path = Path(path)
+    refuse_to_write(path.with_suffix(".json"), force)
     card = {**card, "model": model.settings, "parameters": model.n_parameters}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    kind = torch.float16 if half else torch.float32
+    tensors = {name: value.detach().cpu().to(kind).contiguous() for name, value in model.state_dict().items()}
     with whole_file(path, force) as partial:
         save_file(tensors, partial, metadata={"card": json.dumps(card)})
-    with whole_file(path.with_suffix(".json")) as partial:
-        partial.write_text(json.dumps(card, indent=1) + "\n")
+    with whole_file(path.with_suffix(".json"), force) as partial:
+        partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return path
 
 
 def load_model(path: str | Path, device: str = "auto") -> MFdiff:
-    """A model from a file of `save_model`. Nothing is unpickled. Raises OSError if it is missing, ValueError if it is
-    not such a file."""
+    """A model from a file of `save_model`, in float32. Nothing is unpickled. Raises OSError if it is missing,
+    ValueError if it is not such a file."""
     if not Path(path).is_file():
         raise OSError(
             f"{path}: expected a weights file, found nothing; "
@@ -292,7 +296,7 @@ def load_model(path: str | Path, device: str = "auto") -> MFdiff:
     try:
         with safe_open(path, "pt") as stored:
             card = json.loads((stored.metadata() or {})["card"])
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
         model = MFdiff(**card["model"])
         model.load_state_dict(tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -302,7 +306,7 @@ def load_model(path: str | Path, device: str = "auto") -> MFdiff:
             "fetch it again"
         ) from None
     model.card = card
-    return model.to(pick_device(device), memory_format=torch.channels_last).eval()
+    return model.to(pick_device(device)).eval()
 
 
 def load_pretrained(device: str = "auto") -> MFdiff:

@@ -21,11 +21,11 @@ from einops import reduce
 from scipy import ndimage
 
 from .anatomy import CSF, WHITE, Anatomy
-from .scan import Lesion
+from .config import FWHM_TO_SD, check, one_of, within
 
 MATRIX, VOXEL = 128, 2.0  # in-plane size, mm
 LOWEST = 0.2  # share of the head left out at the bottom: the individual anatomies have no cerebellum or brain stem
-AIR, GREY_TISSUE, WHITE_TISSUE, CSF_TISSUE = 0, 1, 2, 3
+AIR = 0  # of `VirtualPatient.tissues`
 T1_SIGNAL = {"csf": 48.0, "grey": 106.0, "white": 154.0, "bone": 15.0, "scalp": 180.0}
 T2_SIGNAL = {"csf": 250.0, "grey": 100.0, "white": 70.0, "bone": 10.0, "scalp": 120.0}
 LESION_KINDS = ("pet-only", "mr-only", "matched")
@@ -34,30 +34,44 @@ Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
+class Lesion:
+    """One lesion of a virtual patient. label: its value in `Scan.lesions`; kind: "pet-only", "mr-only" or "matched";
+    radius in mm; hot: whether its activity lies above its surroundings (for MR-only lesions: its MR signal)."""
+
+    label: int
+    kind: str
+    hot: bool
+    radius: float
+
+
+@dataclass(frozen=True)
 class Randomisation:
     """What varies between virtual patients, as (low, high) of a uniform draw unless said otherwise. Lengths in mm."""
 
-    rotation: Range = (-8.0, 8.0)  # degrees, about each axis
-    size: Range = (0.92, 1.08)  # of the head, each axis
-    bend: Range = (1.0, 4.0)  # SD of the displacement with 40 mm correlation length
-    folding: Range = (0.3, 1.5)  # SD of the displacement with 14 mm correlation length
-    white_activity: Range = (2.5, 8.0)  # kBq/mL
-    grey_to_white: Range = (2.0, 5.5)
-    regional_sd: Range = (0.04, 0.14)  # between named regions, half of it shared by both hemispheres
-    atrophy: float = 0.0  # width of grey and white matter lost wherever they border on CSF or on the outside
-    field_sd: Range = (0.05, 0.12)  # low-frequency variation of grey and white uptake
-    scalp_to_white: Range = (0.2, 1.0)
-    lesions_per_100ml: Range = (0.3, 1.5)  # of each kind
-    lesion_radius: Range = (2.0, 8.0)
-    hot_to_grey: Range = (1.2, 2.2)
-    cold_to_white: Range = (0.2, 0.8)
-    mr_lesion: Range = (0.5, 1.6)  # signal relative to the surroundings
-    mr_contrast: str = "any"  # "t1", "t2" or "any": mostly T1-like, sometimes T2-like, sometimes arbitrary
-    mr_noise: Range = (0.01, 0.06)  # Rician, relative to white matter
-    mr_bias_sd: Range = (0.02, 0.2)
-    mr_blur: Range = (0.0, 3.5)  # mm FWHM beyond the voxel
-    mr_offset: float = 0.6  # SD of the residual misregistration, each axis
-    skull_stripped: float = 0.4  # probability
+    rotation: Range = within((-8.0, 8.0), -180, 180)  # degrees, about each axis
+    size: Range = within((0.92, 1.08), 0.5, 1.08)  # of the head, each axis; larger ones leave the field of view
+    bend: Range = within((1.0, 4.0), 0, 20)  # SD of the displacement with 40 mm correlation length
+    folding: Range = within((0.3, 1.5), 0, 5)  # SD of the displacement with 14 mm correlation length
+    white_activity: Range = within((2.5, 8.0), 0.01)  # kBq/mL
+    grey_to_white: Range = within((2.0, 5.5), 0.01, 100)
+    regional_sd: Range = within((0.04, 0.14), 0, 1)  # between named regions, half of it shared by both hemispheres
+    atrophy: float = within(0.0, 0, 10)  # width of grey and white matter lost wherever they border on CSF or outside
+    field_sd: Range = within((0.05, 0.12), 0, 1)  # low-frequency variation of grey and white uptake
+    scalp_to_white: Range = within((0.2, 1.0), 0, 100)
+    lesions_per_100ml: Range = within((0.3, 1.5), 0, 20)  # of each kind
+    lesion_radius: Range = within((2.0, 8.0), 1, 50)
+    hot_to_grey: Range = within((1.2, 2.2), 1, 100)  # of the tissue that takes up more
+    cold_to_white: Range = within((0.2, 0.8), 0, 1)  # of the tissue that takes up less
+    mr_lesion: Range = within((0.5, 1.6), 0, 10)  # signal relative to the surroundings
+    mr_contrast: str = one_of("any", ("any", "t1", "t2"))  # "any": mostly T1-like, sometimes T2-like or arbitrary
+    mr_noise: Range = within((0.01, 0.06), 0, 1)  # Rician, relative to white matter
+    mr_bias_sd: Range = within((0.02, 0.2), 0, 1)
+    mr_blur: Range = within((0.0, 3.5), 0, 20)  # mm FWHM beyond the voxel
+    mr_offset: float = within(0.6, 0, 50)  # SD of the residual misregistration, each axis
+    skull_stripped: float = within(0.4, 0, 1)  # probability
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 # Named OOD emulations: what each changes in the patient and in the scanner. They emulate a shift; none is in-vivo data.
@@ -137,7 +151,7 @@ def virtual_patient(
 
     uptake, levels = _uptake(labels, anatomy, fractions, ranges, rng)
     mr = _mr_signal(anatomy, points, fractions, brain, ranges, rng)
-    lesions, table, uptake, mr = _add_lesions(mask, tissues, uptake, mr, levels, ranges, rng)
+    lesions, table = _add_lesions(mask, uptake, mr, levels, ranges, rng)
     return VirtualPatient(
         activity=uptake.astype(np.float32),
         attenuation=_attenuation(fractions, brain),
@@ -280,45 +294,59 @@ def _attenuation(fractions: dict[str, np.ndarray], brain: np.ndarray) -> np.ndar
     return (0.0975 * soft + 0.13 * fractions["bone"]).astype(np.float32)
 
 
-def _add_lesions(mask, tissues, uptake, mr, levels, ranges, rng):
-    """PET-only, MR-only and matched lesions, half of them hot, at places that keep clear of each other."""
+def _add_lesions(mask, uptake, mr, levels, ranges, rng):
+    """PET-only, MR-only and matched lesions, half of them hot, at places that keep clear of each other; painted into
+    `uptake` and `mr`. Returns their labels and table."""
     lesions, table, taken = np.zeros(mask.shape, np.uint8), [], []
     places = np.argwhere(mask)
-    grid = np.indices(mask.shape).astype(np.float32)
     volume_ml = len(places) * VOXEL**3 / 1000
     counts = [rng.poisson(volume_ml / 100 * rng.uniform(*ranges.lesions_per_100ml)) for _ in LESION_KINDS]
-    kinds = rng.permutation(np.repeat(LESION_KINDS, counts))[:80] if len(places) else []
-    for kind in kinds:
+    for kind in rng.permutation(np.repeat(LESION_KINDS, counts))[:80] if len(places) else []:
         radius = rng.uniform(*ranges.lesion_radius)
-        for _ in range(20):
-            centre = places[rng.integers(len(places))]
-            if all(np.linalg.norm(centre - other) * VOXEL > radius + gap + 6 for other, gap in taken):
-                break
-        else:
+        centre = _free_place(places, taken, radius, rng)
+        if centre is None:
             continue
-        hot, stretch = bool(rng.random() < 0.5), rng.uniform(0.85, 1.18, 3)
-        reach = int(np.ceil(radius * 1.2 / VOXEL)) + 2
-        near = tuple(slice(max(0, c - reach), c + reach + 1) for c in centre)
-        distance = np.sqrt(sum((stretch[a] * (grid[a][near] - centre[a]) * VOXEL) ** 2 for a in range(3)))
-        inside = np.clip((radius - distance) / VOXEL + 0.5, 0, 1)
+        hot = bool(rng.random() < 0.5)
+        near, inside = _ellipsoid(mask.shape, centre, radius, rng.uniform(0.85, 1.18, 3))
         if kind != "mr-only":
-            value = (
-                levels["grey"] * rng.uniform(*ranges.hot_to_grey)
-                if hot
-                else levels["white"] * rng.uniform(*ranges.cold_to_white)
-            )
+            value = _lesion_uptake(hot, levels, ranges, rng)
             uptake[near] += inside * (value - uptake[near])
         if kind != "pet-only":
             low, high = ranges.mr_lesion
             factor = rng.uniform(1.15, high) if hot else rng.uniform(low, 0.85)
             mr[near] += inside * (factor - 1) * mr[near]
         core = inside > 0.5
-        if not core.any():
-            continue
-        lesions[near][core] = len(table) + 1
-        table.append(Lesion(len(table) + 1, str(kind), hot, float(radius)))
-        taken.append((centre, radius))
-    return lesions, tuple(table), uptake, mr
+        if core.any():
+            lesions[near][core] = len(table) + 1
+            table.append(Lesion(len(table) + 1, str(kind), hot, float(radius)))
+            taken.append((centre, radius))
+    return lesions, tuple(table)
+
+
+def _free_place(places, taken, radius, rng) -> np.ndarray | None:
+    """A voxel at which a lesion keeps 6 mm from all others; None if twenty draws find none."""
+    for _ in range(20):
+        centre = places[rng.integers(len(places))]
+        if all(np.linalg.norm(centre - other) * VOXEL > radius + gap + 6 for other, gap in taken):
+            return centre
+    return None
+
+
+def _ellipsoid(shape, centre, radius, stretch) -> tuple[tuple[slice, ...], np.ndarray]:
+    """Where a lesion lies, and how much of each voxel there it fills, [0, 1]."""
+    reach = int(np.ceil(radius * 1.2 / VOXEL)) + 2
+    near = tuple(slice(max(0, c - reach), min(n, c + reach + 1)) for c, n in zip(centre, shape, strict=True))
+    grid = np.meshgrid(*(np.arange(s.start, s.stop, dtype=np.float32) for s in near), indexing="ij")
+    distance = np.sqrt(sum((stretch[a] * (grid[a] - centre[a]) * VOXEL) ** 2 for a in range(3)))
+    return near, np.clip((radius - distance) / VOXEL + 0.5, 0, 1)
+
+
+def _lesion_uptake(hot, levels, ranges, rng) -> float:
+    """Above the tissue that takes up more, or below the one that takes up less: for an amyloid tracer that is not grey
+    matter but white."""
+    if hot:
+        return max(levels.values()) * rng.uniform(*ranges.hot_to_grey)
+    return min(levels.values()) * rng.uniform(*ranges.cold_to_white)
 
 
 def _mr_signal(anatomy, points, fractions, brain, ranges, rng) -> np.ndarray:
@@ -345,7 +373,7 @@ def _mr_signal(anatomy, points, fractions, brain, ranges, rng) -> np.ndarray:
 
 def _mr_image(signal: np.ndarray, brain: np.ndarray, ranges: Randomisation, rng: np.random.Generator) -> np.ndarray:
     """Resolution, residual misregistration, bias field, Rician noise, and sometimes a stripped skull."""
-    image = ndimage.gaussian_filter(signal, rng.uniform(*ranges.mr_blur) / 2.355 / VOXEL)
+    image = ndimage.gaussian_filter(signal, rng.uniform(*ranges.mr_blur) * FWHM_TO_SD / VOXEL)
     image = ndimage.shift(image, rng.normal(0, ranges.mr_offset, 3) / VOXEL, order=1, mode="nearest")
     image *= np.exp(rng.uniform(*ranges.mr_bias_sd) * smooth_field(rng, image.shape, 80.0))
     sd = rng.uniform(*ranges.mr_noise) * 150

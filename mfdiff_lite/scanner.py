@@ -25,11 +25,11 @@ import numpy as np
 from einops import rearrange
 from scipy import ndimage, sparse
 
+from .config import FWHM_TO_SD, check, within
 from .phantom import VirtualPatient, shift_settings
 from .scan import Scan
 
 Kernel = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
-FWHM_TO_SIGMA = 1 / np.sqrt(8 * np.log(2))
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,24 @@ class Scanner:
     OSEM; post_filter [mm FWHM, 3-D], 0 = none; model_psf = resolution recovery inside OSEM.
     """
 
-    psf_fwhm: float = 4.5
-    contamination: float = 0.4
-    trues_per_mm3: float = 50.0
-    iterations: int = 3
-    subsets: int = 21
-    post_filter: float = 0.0
+    psf_fwhm: float = within(4.5, 0, 50)
+    contamination: float = within(0.4, 0, 0.95)
+    trues_per_mm3: float = within(50.0, 1e-3, 1e5)
+    iterations: int = within(3, 1, 1000)
+    subsets: int = within(21, 1)
+    post_filter: float = within(0.0, 0, 50)
     model_psf: bool = True
-    matrix: int = 128
-    pixel_size: float = 2.0
-    angles: int = 168
-    scatter_fwhm: float = 25.0  # mm; scatter has the shape of heavily blurred trues
+    matrix: int = within(128, 8, 1024)
+    pixel_size: float = within(2.0, 0.1, 20)
+    angles: int = within(168, 1, 2000)
+    scatter_fwhm: float = within(25.0, 1, 1000)  # mm; scatter has the shape of heavily blurred trues
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.subsets > self.angles:
+            raise ValueError(
+                f"subsets: expected at most one for each of the {self.angles} angles, found {self.subsets}"
+            )
 
     @classmethod
     def shifted(cls, shift: str | None) -> Scanner:
@@ -130,7 +137,7 @@ class Scanner:
         """Randoms (flat) and scatter (blurred trues), half of the contamination each; every slice keeps its own
         share."""
         total = trues.sum((0, 1), keepdims=True) * self.contamination / (1 - self.contamination)
-        sigma = self.scatter_fwhm * FWHM_TO_SIGMA / self.pixel_size
+        sigma = self.scatter_fwhm * FWHM_TO_SD / self.pixel_size
         scatter = ndimage.gaussian_filter(trues, (0, sigma, 0), mode="constant")
         scatter /= np.maximum(scatter.sum((0, 1), keepdims=True), 1e-9)
         flat = 1 / (self.angles * self.matrix)
@@ -166,7 +173,7 @@ class Scanner:
                 image *= gather(self.adjoint(ratio, subset, self.model_psf)) / np.maximum(norm, floor)
         image = spread(image)
         if self.post_filter:
-            image = ndimage.gaussian_filter(image, self.post_filter * FWHM_TO_SIGMA / self.pixel_size, mode="nearest")
+            image = ndimage.gaussian_filter(image, self.post_filter * FWHM_TO_SD / self.pixel_size, mode="nearest")
         return image
 
     def scan(
@@ -184,6 +191,7 @@ class Scanner:
         also reconstructs two halves of the LPET's counts, what stage 2 learns from. `seed` defaults to the patient's.
         """
         seed = patient.seed if seed is None else seed
+        self._check_grid(patient)
         standard = self.acquire(patient.activity, patient.attenuation, seed)
         source = self.acquire(patient.activity, patient.attenuation, seed + 1_000_003) if independent else standard
         low = source.thin(dose_reduction, seed + 2_000_003)
@@ -202,6 +210,15 @@ class Scanner:
             dose_reduction=dose_reduction,
             name=patient.name,
         )
+
+    def _check_grid(self, patient: VirtualPatient) -> None:
+        size, voxel = patient.activity.shape[:2], abs(np.diag(patient.affine)[:2])
+        if size != (self.matrix, self.matrix) or not np.allclose(voxel, self.pixel_size):
+            raise ValueError(
+                f"{patient.name}: expected the scanner's grid, {self.matrix} x {self.matrix} pixels of "
+                f"{self.pixel_size:g} mm, found {size[0]} x {size[1]} of {voxel[0]:g} mm; leave matrix and pixel_size "
+                "at the patient's"
+            )
 
 
 def _subset_order(subsets: int) -> list[int]:
@@ -224,7 +241,7 @@ def _blur_matrix(matrix: int, fwhm: float) -> sparse.csr_matrix:
     machine.
     """
     distance = np.subtract.outer(np.arange(matrix), np.arange(matrix))
-    sigma = max(fwhm * FWHM_TO_SIGMA, 1e-3)
+    sigma = max(fwhm * FWHM_TO_SD, 1e-3)
     taps = np.exp(-0.5 * (np.arange(-matrix, matrix + 1) / sigma) ** 2)
     weights = np.exp(-0.5 * (distance / sigma) ** 2) / taps.sum()
     return sparse.csr_matrix(np.where(weights > 1e-8, weights, 0).astype(np.float32))

@@ -14,9 +14,10 @@ import typer
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from mfdiff_lite import anatomy as anatomy_module
-from mfdiff_lite.anatomy import BRAINWEB, CSF, GRAY_UNNAMED, WHITE, list_anatomies, load_anatomy
+from mfdiff_lite.anatomy import CSF, GRAY_UNNAMED, WHITE
 from mfdiff_lite.phantom import virtual_patient
+from mfdiff_lite.readers import brainweb as brainweb_module
+from mfdiff_lite.readers.brainweb import BRAINWEB, list_anatomies, load_anatomy
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "mfdiff_lite" / "anatomies"
@@ -369,7 +370,7 @@ def brainweb(tmp_path_factory):
     values[1::22, 1::20, 1::20] |= 1 << 12  # and above it: no known class, in one of eight
     write_brainweb(folder, "brainweb-04", values.tobytes())
     yield folder, np.array([0, CSF, GRAY_UNNAMED, WHITE, 0, 0, 0, 0], np.uint8)[classes]
-    load_anatomy.cache_clear()
+    brainweb_module._brainweb.cache_clear()
 
 
 def test_brainweb_head(brainweb, monkeypatch):
@@ -403,7 +404,7 @@ def test_half_a_millimetre_becomes_one_by_majority():
     eights = [[3, 3, 3, 2, 2, 2, 2, 2], [3, 3, 3, 3, 2, 2, 2, 2], [2, 2, 2, 2, 3, 3, 3, 3], [1, 1, 1, 3, 3, 2, 7, 7]]
     eights += [[0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 99, 0, 0, 0], [4, 5, 6, 7, 8, 9, 10, 11]]
     values = np.stack([np.reshape(eight, (2, 2, 2)) for eight in eights]).astype("<u2") << 4 | 3
-    found = anatomy_module._brainweb_labels(np.concatenate(values, axis=2))  # a row along X
+    found = brainweb_module._brainweb_labels(np.concatenate(values, axis=2))  # a row along X
     assert found[:, 0, 0].tolist() == [GRAY_UNNAMED, WHITE, GRAY_UNNAMED, CSF, 0, CSF, 0]
 
 
@@ -412,7 +413,7 @@ def test_majority_keeps_volumes():
     z, y, x = np.ogrid[-40:40, -50:50, -44:44]
     radius = np.sqrt(((z - 0.3) / 35) ** 2 + ((y + 0.2) / 45) ** 2 + ((x - 0.4) / 39) ** 2)
     classes = np.array([3, 2, 1, 7])[np.digitize(radius, [0.7, 0.85, 1.0])]
-    labels = anatomy_module._brainweb_labels(classes.astype("<u2") << 4)
+    labels = brainweb_module._brainweb_labels(classes.astype("<u2") << 4)
     for kind, label in ((1, CSF), (2, GRAY_UNNAMED), (3, WHITE)):
         assert np.count_nonzero(labels == label) == pytest.approx(np.count_nonzero(classes == kind) / 8, rel=0.01)
 
@@ -453,7 +454,7 @@ def test_a_foreign_file_of_the_right_size(fetched):
 
 
 def test_a_file_without_a_head(fetched, monkeypatch):
-    monkeypatch.setattr(anatomy_module, "BRAINWEB_SHAPE", (4, 6, 8))
+    monkeypatch.setattr(brainweb_module, "BRAINWEB_SHAPE", (4, 6, 8))
     refused(ValueError, write_brainweb(fetched, "brainweb-05", bytes(2 * 4 * 6 * 8)), "no grey or no white matter")
 
 
@@ -466,15 +467,15 @@ def test_reader_and_download_script_agree(fetched, monkeypatch):
     """On names, format and folder, with MFDIFF_DATA, without, and with an empty one."""
     download = script("download")
     items = download.SOURCES["brainweb"].items
-    assert [anatomy_module._brainweb_file(name) for name in BRAINWEB] == [fetched / "brainweb" / i.path for i in items]
-    assert 2 * np.prod(anatomy_module.BRAINWEB_SHAPE) == download.BRAINWEB_BYTES == BRAINWEB_BYTES
-    assert anatomy_module.BRAINWEB_CLASSES == download.BRAINWEB_CLASSES
-    assert anatomy_module.BRAINWEB_STRAY == download.STRAY_LABELS
+    assert [brainweb_module._brainweb_file(name) for name in BRAINWEB] == [fetched / "brainweb" / i.path for i in items]
+    assert 2 * np.prod(brainweb_module.BRAINWEB_SHAPE) == download.BRAINWEB_BYTES == BRAINWEB_BYTES
+    assert brainweb_module.BRAINWEB_CLASSES == download.BRAINWEB_CLASSES
+    assert brainweb_module.BRAINWEB_STRAY == download.STRAY_LABELS
     app = typer.Typer()
     app.command()(download.main)
     for folder in (str(fetched), "", None):
         monkeypatch.setenv("MFDIFF_DATA", folder) if folder is not None else monkeypatch.delenv("MFDIFF_DATA")
         result = CliRunner().invoke(app, ["openneuro-ds004513", "--dry-run"])
         assert result.exit_code == 0, result.output
-        assert f"{anatomy_module.data_folder().resolve() / 'openneuro-ds004513'}: " in result.output
-    assert anatomy_module.data_folder() == download.DOWNLOADS
+        assert f"{brainweb_module.data_folder().resolve() / 'openneuro-ds004513'}: " in result.output
+    assert brainweb_module.data_folder() == download.DOWNLOADS

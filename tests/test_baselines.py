@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.baselines import gaussian, kernel_em, mr_guided, mr_kernel, non_local_means, tune
 from mfdiff_lite.metrics import psnr
 from mfdiff_lite.phantom import virtual_patient
-from mfdiff_lite.scan import ActivityScale, Scan, scale_mr
+from mfdiff_lite.readers.brainweb import load_anatomy
+from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
+from mfdiff_lite.view import ActivityScale, scale_mr
 
 SHAPE = (36, 40, 10)
 HALVES = np.where(np.arange(SHAPE[0]) < 18, 10.0, 4.0)[:, None, None] * np.ones(SHAPE)

@@ -38,23 +38,23 @@ SETTINGS = {  # of JupyterLab: no news from elsewhere, and all cells in the page
 }
 TOY = """
 import numpy as np
-from mfdiff_lite import explorer
+from mfdiff_lite.look import explore, page
 volumes = {name: np.random.default_rng(k).uniform(1, 10, (40, 40, 20)) for k, name in enumerate(("LPET", "SPET", "MR"))}
-view = explorer.explore(volumes)
+view = explore(volumes)
 view
 """
 FULL_SIZE = """
 import sys
 sys.path.append({folder!r})
 from course import volumes
-from mfdiff_lite.explorer import explore
+from mfdiff_lite.look import explore
 explore(volumes(128))
 """
-BREAK = "explorer.panes = lambda volumes, state: 1 / 0"
+BREAK = "page.panes = lambda volumes, state: 1 / 0"
 FREEZE = """
-def frozen(volumes, state, live=explorer.panes, first=explorer.panes(view._case.volumes, view.state)["MR"]):
+def frozen(volumes, state, live=page.panes, first=page.panes(view._case.volumes, view.state)["MR"]):
     return live(volumes, state) | {"MR": first}
-explorer.panes = frozen
+page.panes = frozen
 """
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -416,14 +416,14 @@ def test_the_checks_notice_what_is_broken(open_notebook):
     notebook.run_all()
     view = notebook.explorer()
     view.press("ArrowRight")
-    view.check_same_slice(notebook, "explorer.explore(volumes)")
+    view.check_same_slice(notebook, "explore(volumes)")
 
-    notebook.kernel("live = explorer.panes\n" + FREEZE)
+    notebook.kernel("live = page.panes\n" + FREEZE)
     with pytest.raises(AssertionError, match="ArrowRight on 'axial slice': no new picture in MR$"):
         view.press("ArrowRight", seconds=3)
-    notebook.kernel("explorer.panes = live")
+    notebook.kernel("page.panes = live")
     with pytest.raises(AssertionError, match="MR shows another slice"):
-        view.check_same_slice(notebook, "explorer.explore(volumes)")
+        view.check_same_slice(notebook, "explore(volumes)")
     view.press("ArrowRight")
 
     notebook.kernel(BREAK)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 from mfdiff_lite import cohort as module
-from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.cohort import SCANNER_RANGES, Cohort, SliceDataset, cache_folder, make_cohort, random_scanner
 from mfdiff_lite.config import TRAIN_ANATOMIES, VALIDATION_ANATOMIES, load_profile
-from mfdiff_lite.scan import ActivityScale
+from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scanner import Scanner
+from mfdiff_lite.view import ActivityScale
 
 TINY = load_profile("smoke", patients=2, slab=3, doses=2)
 
@@ -33,7 +36,7 @@ def tiny(cache):
 
 def same(a, b):
     return all(
-        np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Cohort) if f.name != "folder"
+        np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Cohort) if f.name != "key"
     )
 
 
@@ -44,7 +47,7 @@ def painted(patients=7, slices=9):
     weight = np.zeros(volume.shape, np.uint8)
     weight[..., 40:90, 40:90], weight[..., 60:64, 60:64] = 1, 2
     doses = np.stack([np.full(patients, 4.0), np.full(patients, 64.0)], 1).astype(np.float32)
-    return Cohort(np.stack([volume, volume], 1), -volume, np.stack([volume, volume], 1) * 2, weight, doses, None)
+    return Cohort(np.stack([volume, volume], 1), -volume, np.stack([volume, volume], 1) * 2, weight, doses, "painted")
 
 
 # ---- what is made --------------------------------------------------------------------------------------------------
@@ -53,8 +56,8 @@ def painted(patients=7, slices=9):
 def test_parts_never_share_an_anatomy(cache, monkeypatch):
     """Not only by name: the jobs that make the cohorts are looked at."""
     made = {"train": set(), "validation": set()}
-    monkeypatch.setattr(module, "_make_patient", lambda job: made[job[3]["part"]].add(job[1]))
-    monkeypatch.setattr(module, "_together", lambda folder, jobs: [None] * 5)
+    monkeypatch.setattr(module, "_make_patient", lambda job: made[job.settings["part"]].add(job.anatomy))
+    monkeypatch.setattr(module, "_together", lambda *_: [[]] * 5)
     profile = dataclasses.replace(TINY, seed=77, patients=7, validation_patients=2)
     make_cohort(profile, "train", workers=1)
     make_cohort(profile, "validation")
@@ -106,12 +109,68 @@ def test_random_scanners_stay_in_their_ranges():
 # ---- the cache -----------------------------------------------------------------------------------------------------
 
 
-def test_files_are_reused(tiny):
-    before = {path.name: path.stat().st_mtime_ns for path in tiny.folder.iterdir() if path.suffix == ".npz"}
-    assert sorted(before) == ["patient-00000.npz", "patient-00001.npz"]
+def folder_of(made):
+    """Where a cohort lies."""
+    return cache_folder() / f"cohort-{made.key}"
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_files_are_reused_and_kept_once(tiny):
+    """Of all patients together; the files of single ones are gone, which held the same again."""
+    before = times(folder_of(tiny))
+    assert sorted(before) == sorted([*(f"{name}-2.npy" for name in module.ARRAYS), "settings.json"])
     again = make_cohort(TINY)
-    assert again.folder == tiny.folder and same(again, tiny)
-    assert {path.name: path.stat().st_mtime_ns for path in tiny.folder.iterdir() if path.suffix == ".npz"} == before
+    assert again.key == tiny.key and same(again, tiny)
+    assert times(folder_of(tiny)) == before
+
+
+def test_a_complete_cohort_serves_who_may_only_read(tiny):
+    """Today's fault: every call wrote settings.json, so the second user of a shared cache was locked out. As another
+    user, in a process of its own."""
+    folder = folder_of(tiny)
+    modes = {path: path.stat().st_mode for path in (folder, *folder.iterdir())}
+    for path in modes:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for parent in (p for p in folder.parents if p.is_relative_to(folder.parents[2])):
+        modes[parent] = parent.stat().st_mode
+        parent.chmod(0o755)
+    code = f"{IMPORTS}; os.geteuid() or os.setuid(65534); {CALL}"  # first the imports, which only their owner may read
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "(2, 2, 3, 128, 128)"
+
+
+IMPORTS = "import os; from mfdiff_lite.cohort import make_cohort; from mfdiff_lite.config import load_profile"
+CALL = "print(make_cohort(load_profile('smoke', patients=2, slab=3, doses=2)).lpet.shape)"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of a group are POSIX")
+def test_what_is_written_is_open_to_whom_the_cache_is_open(tmp_path, monkeypatch):
+    cache = tmp_path / "shared"
+    cache.mkdir()
+    cache.chmod(0o2775)
+    monkeypatch.setenv("MFDIFF_CACHE", str(cache))
+    folder = folder_of(make_cohort(dataclasses.replace(TINY, patients=1, doses=1)))
+    assert folder.stat().st_mode & 0o7777 == 0o2775
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o664}
+
+
+def test_cohorts_of_older_versions_are_removed_and_newer_ones_are_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFDIFF_CACHE", str(tmp_path))
+    version = module.DATA_VERSION
+    for name in ("cohort-0123456789ab", f"cohort-v{version - 1}-x", f"cohort-v{version + 1}-x", f"cohort-v{version}-x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine").mkdir()
+    made = make_cohort(dataclasses.replace(TINY, patients=1, doses=1))
+    kept = {f"cohort-v{version + 1}-x", f"cohort-v{version}-x", f"cohort-{made.key}", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_images_stay_on_disk(tiny):
@@ -123,36 +182,41 @@ def test_images_stay_on_disk(tiny):
     assert again.lpet.shape[:3] == (2, 2, 3) and again.lpet.dtype == np.float16
 
 
-def test_a_full_disk_leaves_no_half_of_the_images(tiny, monkeypatch):
+def test_a_full_disk_leaves_no_half_of_the_images(cache, monkeypatch):
     """While the images are put together: one sentence, nothing half-written, and the next call goes on."""
-    for path in tiny.folder.glob("*-2.npy"):
-        path.unlink()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    profile = dataclasses.replace(TINY, seed=9, doses=1)
     with monkeypatch.context() as patch:
         patch.setattr(np.lib.format, "write_array_header_1_0", full)
         with pytest.raises(OSError, match="could not be written .No space left on device.; check space"):
-            make_cohort(TINY)
-    assert not [path.name for path in tiny.folder.iterdir() if path.suffix == ".npy"]
-    assert same(make_cohort(TINY), tiny)
+            make_cohort(profile)
+    folder = cache_folder() / f"cohort-{key(monkeypatch, cache, seed=9, doses=1)}"
+    assert sorted(path.name for path in folder.iterdir()) == ["patient-00000.npz", "patient-00001.npz", "settings.json"]
+    assert len(make_cohort(profile).lpet) == 2
 
 
-def test_more_patients_reuse_the_first_ones(tiny):
-    before = [(tiny.folder / f"patient-0000{i}.npz").stat().st_mtime_ns for i in range(2)]
-    more = make_cohort(dataclasses.replace(TINY, patients=3))
-    assert more.folder == tiny.folder and len(more.lpet) == 3
-    assert [(tiny.folder / f"patient-0000{i}.npz").stat().st_mtime_ns for i in range(2)] == before
-    np.testing.assert_array_equal(more.lpet[:2], tiny.lpet)
+def test_more_patients_reuse_the_first_ones_and_fewer_are_a_part(cache, monkeypatch):
+    profile = dataclasses.replace(TINY, seed=8, doses=1)
+    two = make_cohort(profile)
+    first, calls = np.array(two.lpet), []
+    make = module._make_patient
+    monkeypatch.setattr(module, "_make_patient", lambda job: calls.append(job.index) or make(job))
+    three = make_cohort(dataclasses.replace(profile, patients=3))
+    one = make_cohort(dataclasses.replace(profile, patients=1))
+    assert calls == [2] and three.key == two.key == one.key
+    np.testing.assert_array_equal(three.lpet[:2], first)
+    np.testing.assert_array_equal(one.lpet, first[:1])
 
 
 def key(monkeypatch, cache, part="train", **changes):
     """The folder that a profile leads to, without making anything."""
     with monkeypatch.context() as patch:
         patch.setattr(module, "_mapped", lambda jobs, workers: iter(()))
-        patch.setattr(module, "_together", lambda folder, jobs: [None] * 5)
-        return make_cohort(dataclasses.replace(TINY, **changes), part).folder
+        patch.setattr(module, "_together", lambda *_: [[]] * 5)
+        return make_cohort(dataclasses.replace(TINY, **changes), part).key
 
 
 def test_every_setting_that_makes_data_is_in_the_key(monkeypatch, cache):
@@ -166,7 +230,7 @@ def test_every_setting_that_makes_data_is_in_the_key(monkeypatch, cache):
         dict(batch=2),
         dict(learning_rate=0.1),
         dict(no_mr=0.5),
-        dict(fusion_widths=(4, 8, 16)),
+        dict(fusion_widths=(8, 8, 16)),
         dict(patients=9),
     ):
         assert key(monkeypatch, cache, **harmless) == plain
@@ -178,32 +242,46 @@ def test_other_anatomies_are_another_key(monkeypatch, cache):
     assert key(monkeypatch, cache) != plain
 
 
-@pytest.mark.parametrize("changed", ["phantom", "scanner", "scan", "anatomy", "cohort"])
-def test_the_source_of_what_makes_data_is_in_the_key(monkeypatch, cache, changed):
-    plain, original = key(monkeypatch, cache), module.inspect.getsource
-    monkeypatch.setattr(
-        module.inspect, "getsource", lambda m: original(m) + ("# edited" if m.__name__.endswith("." + changed) else "")
-    )
-    assert key(monkeypatch, cache) != plain
+def test_the_key_is_a_version_and_not_source_text(monkeypatch, tmp_path):
+    """Today's fault: a changed docstring rebuilt every patient."""
+    plain = key(monkeypatch, tmp_path)
+    assert plain.startswith(f"v{module.DATA_VERSION}-")
+    monkeypatch.setenv("MFDIFF_CACHE", str(tmp_path))  # what is older is removed there
+    monkeypatch.setattr(module, "DATA_VERSION", module.DATA_VERSION + 1)
+    assert key(monkeypatch, tmp_path) != plain
+
+
+MEANS = {"lpet": 0.216818, "spet": 0.216422, "mr": -2.252671, "weight": 0.176473}
+
+
+def test_the_version_is_raised_when_the_data_change(tmp_path):
+    """The means of one patient as `DATA_VERSION` makes it; where they change on purpose, raise the version."""
+    settings = {"part": "train", "slab": 3, "doses": 1, "dose_range": (20.0, 20.0), "seed": 0}
+    module._make_patient(job := module.Job(tmp_path / "one.npz", "ahba-10021", 2, settings))
+    with np.load(job.path) as stored:
+        means = {name: float(stored[name].astype(float).mean()) for name in ("lpet", "spet", "mr", "weight")}
+    assert module.DATA_VERSION == 2
+    assert means == pytest.approx(MEANS, rel=1e-3)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_a_damaged_file_is_made_again(tiny, damage):
-    """A patient's, and that of all patients together: while the latter is whole, nobody needs the former."""
-    path = tiny.folder / "patient-00001.npz"
-    before = [np.array(array) for array in (tiny.lpet, tiny.mr)]
-    for damaged in (path, tiny.folder / "mr-2.npy"):
-        whole = damaged.read_bytes()
-        damaged.unlink()  # the mapped file stays what it was
-        damaged.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an archive"}[damage])
+    before = np.array(tiny.mr)
+    damaged = folder_of(tiny) / "mr-2.npy"
+    whole = damaged.read_bytes()
+    damaged.unlink()  # the mapped file stays what it was
+    damaged.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an archive"}[damage])
     again = make_cohort(TINY)
     assert same(again, tiny)
-    np.testing.assert_array_equal(again.lpet, before[0])
-    np.testing.assert_array_equal(again.mr, before[1])
-    with np.load(path) as stored:
-        np.testing.assert_array_equal(stored["lpet"], tiny.lpet[1])
-    # ... and the other was left alone, and no partial file lies about.
-    assert sorted(p.name for p in tiny.folder.iterdir() if "part-" in p.name) == []
+    np.testing.assert_array_equal(again.mr, before)
+    assert not [path.name for path in folder_of(tiny).iterdir() if "part-" in path.name]
+
+
+def test_a_damaged_patient_of_a_cut_build_is_made_again(cache, monkeypatch):
+    folder = cache_folder() / f"cohort-{key(monkeypatch, cache, seed=7, doses=1)}"
+    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+    (folder / "patient-00001.npz").write_bytes(b"half of an archive")
+    assert len(make_cohort(dataclasses.replace(TINY, seed=7, doses=1)).lpet) == 2
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -223,11 +301,11 @@ def test_an_interrupted_build_leaves_whole_files_and_goes_on(cache, monkeypatch,
         patch.setattr(np, "savez_compressed", second_fails)
         with pytest.raises((KeyboardInterrupt, OSError)):
             make_cohort(profile)
-    folder = key(monkeypatch, cache, seed=profile.seed, doses=1)
+    folder = cache_folder() / f"cohort-{key(monkeypatch, cache, seed=profile.seed, doses=1)}"
     assert sorted(p.name for p in folder.iterdir()) == ["patient-00000.npz", "settings.json"]
-    first = (folder / "patient-00000.npz").stat().st_mtime_ns
-    assert len(make_cohort(profile).lpet) == 2
-    assert (folder / "patient-00000.npz").stat().st_mtime_ns == first
+    calls, make = [], module._make_patient
+    monkeypatch.setattr(module, "_make_patient", lambda job: calls.append(job.index) or make(job))
+    assert len(make_cohort(profile).lpet) == 2 and calls == [1]
 
 
 def test_an_unwritable_cache_says_so(tmp_path, monkeypatch):
@@ -252,16 +330,12 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_patients_do_not_depend_on_who_makes_them(cache, tiny):
     """The same files from worker processes as from this one: nothing depends on order or on a shared random state."""
-    job = (
-        cache / "again.npz",
-        TRAIN_ANATOMIES[1],
-        1,
-        {"part": "train", "slab": 3, "doses": 2, "dose_range": TINY.dose_range, "seed": 0},
-    )
+    settings = {"part": "train", "slab": 3, "doses": 2, "dose_range": TINY.dose_range, "seed": 0}
+    job = module.Job(cache / "again.npz", TRAIN_ANATOMIES[1], 1, settings)
     load_anatomy(TRAIN_ANATOMIES[1])
     np.random.seed(1234)  # a global state that must not matter
     module._make_patient(job)
-    with np.load(job[0]) as stored:
+    with np.load(job.path) as stored:
         for name in ("lpet", "mr", "spet", "weight", "dose"):
             np.testing.assert_array_equal(stored[name], getattr(tiny, name)[1])
 
@@ -328,7 +402,7 @@ def test_shares_of_missing_and_wrong_mr():
     small = dataclasses.replace(cohort, mr=cohort.mr[..., :4, :4])
     data = SliceDataset(small, profile)
     for _ in range(n):
-        mr = data._disturbed(own, rng)
+        mr = data._disturbed(own, np.arange(3), rng)
         assert mr.shape == own.shape
         missing += not mr.any()
         wrong += bool(mr.any() and int(-mr[1, 0, 0]) != int(-own[1, 0, 0]))
@@ -341,7 +415,7 @@ def test_shifted_mr_moves_by_at_most_two_voxels():
     data, rng = SliceDataset(painted(), profile), np.random.default_rng(0)
     point = np.zeros((3, 32, 32), np.float32)
     point[:, 16, 16] = 1
-    places = np.array([np.argwhere(data._disturbed(point, rng)[1])[0] - 16 for _ in range(2000)])
+    places = np.array([np.argwhere(data._disturbed(point, np.arange(3), rng)[1])[0] - 16 for _ in range(2000)])
     moved = np.any(places != 0, axis=1).mean()
     share = 0.1 * 24 / 25
     assert abs(moved - share) < 5 * np.sqrt(share * (1 - share) / 2000)
@@ -349,7 +423,7 @@ def test_shifted_mr_moves_by_at_most_two_voxels():
 
 
 def test_no_disturbance_without_augmentation():
-    profile = dataclasses.replace(TINY, slab=9, no_mr=1.0)
+    profile = dataclasses.replace(TINY, slab=9, no_mr=1.0, wrong_mr=0.0)
     assert SliceDataset(painted(), profile, augment=False).batch(0)["mr"].abs().min() > 0
     assert SliceDataset(painted(), profile).batch(0)["mr"].abs().max() == 0
 
@@ -372,10 +446,29 @@ def test_lesions_of_every_kind_weigh_more(cache):
     seed = int(np.random.default_rng([2, index, True]).integers(2**31))
     patient = module.virtual_patient(load_anatomy("ahba-12876"), seed, slices=6)
     path = cache / "weights.npz"
-    module._make_patient((path, "ahba-12876", index, settings))
+    module._make_patient(module.Job(path, "ahba-12876", index, settings))
     with np.load(path) as stored:
         weight = np.moveaxis(stored["weight"], 0, -1).astype(int)
     lesions = patient.lesions > 0
     assert {one.kind for one in patient.lesion_table} >= {"mr-only", "pet-only"}
     assert (weight[lesions] == 2).all() and (weight[patient.mask & ~lesions] == 1).all()
     assert not weight[~patient.mask & ~lesions].any()
+
+
+def test_thin_slabs_repeat_their_ends_as_restoring_does():
+    """In a share `thin` of the slices, down to one slice in the place of all its neighbours; images and MR alike."""
+    profile = dataclasses.replace(TINY, slab=9, context=5, thin=0.4, no_mr=0.0, wrong_mr=0.0, crop=32)
+    data, rng, n = SliceDataset(painted(), profile), np.random.default_rng(0), 4000
+    draws = [data._near(rng) for _ in range(n)]
+    depths = np.array([len(set(near.tolist())) for _, near in draws])
+    share = np.mean(depths < 5)
+    assert abs(share - 0.4) < 5 * np.sqrt(0.4 * 0.6 / n)
+    assert set(depths.tolist()) == {1, 2, 3, 4, 5}
+    for z, near in draws:
+        assert near[2] == z and (np.diff(near) >= 0).all() and near.min() >= 0 and near.max() < 9
+        np.testing.assert_array_equal(near, np.clip(np.arange(z - 2, z + 3), near.min(), near.max()))
+    batch = data.batch(0, 256)
+    single = [i for i, x in enumerate(batch["lpet"]) if all(torch.equal(x[0], x[k]) for k in range(5))]
+    assert single and any(torch.equal(batch["mr"][i][0], batch["mr"][i][4]) for i in single)
+    whole = SliceDataset(painted(), profile, augment=False)
+    assert all(len(set(whole._near(rng)[1].tolist())) == 5 for _ in range(200))

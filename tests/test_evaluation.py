@@ -13,12 +13,13 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from mfdiff_lite import metrics
-from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.config import load_profile
-from mfdiff_lite.evaluation import Table, another_mr, audit_mr, brain_mask, compare, evaluate, summarise
+from mfdiff_lite.evaluation import Table, another_mr, audit_mr, compare, evaluate, summarise
 from mfdiff_lite.model import MFdiff
-from mfdiff_lite.phantom import virtual_patient
-from mfdiff_lite.scan import Lesion, Scan
+from mfdiff_lite.phantom import Lesion, virtual_patient
+from mfdiff_lite.readers.brainweb import load_anatomy
+from mfdiff_lite.scan import Scan
+from mfdiff_lite.view import brain_mask
 
 ROOT = Path(__file__).parents[1]
 

@@ -3,12 +3,16 @@
 import base64
 import io
 import re
+import subprocess
+import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import ipywidgets
+import matplotlib
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
@@ -16,8 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mfdiff_lite import explorer
-from mfdiff_lite.explorer import State, explore, figure, panes, render, report_html
+from mfdiff_lite.look import PLANES, State, explore, figure, panel, panes, render, report_html, show
+from mfdiff_lite.look.page import STILLS
+from mfdiff_lite.look.panes import CROSS, GAP, GAP_GREY, OWN_MAPS, PET_MAPS
 from mfdiff_lite.scan import Scan
 
 SHAPE = (5, 7, 9)
@@ -57,7 +62,7 @@ def test_left_anterior_superior_lands_where_it_should(orientation, radiological,
     assert "".join(nib.aff2axcodes(image.affine)) == orientation
     view = explore(Scan(np.asarray(image.dataobj), affine=image.affine))
     view.plane.value, view.radiological.value = plane, radiological
-    axis = explorer.PLANES[plane]
+    axis = PLANES[plane]
     view.slice.value = LEFT_ANTERIOR_SUPERIOR[axis] + 1
     picture = pixels(view)[..., 0]
     height, width = {"axial": (7, 5), "coronal": (9, 5), "sagittal": (9, 7)}[plane]
@@ -79,7 +84,7 @@ def test_one_window_for_all_pet_panes_and_all_slices():
     for plane_slice in (0, 2):  # slices with different company: no autoscale
         state = State(index=plane_slice, window=(0, 20), radiological=False)
         picture = render(volumes, state)
-        colours = [picture[2, 1 + pane * (4 + explorer.GAP)] for pane in range(3)]
+        colours = [picture[2, 1 + pane * (4 + GAP)] for pane in range(3)]
         expected = round(255 * (1 - 5 / 20))
         assert all(np.all(np.abs(c.astype(int) - expected) <= 1) for c in colours)
         assert np.array_equal(colours[0], colours[1]) and np.array_equal(colours[0], colours[2])
@@ -89,8 +94,8 @@ def test_panes_stand_side_by_side_with_a_gap(scan):
     volumes = {"LPET": scan.lpet, "SPET": scan.spet, "MR": scan.mr, "restored": scan.lpet}
     assert list(panes(volumes, State())) == ["LPET", "SPET", "MR", "restored", "restored - SPET"]
     picture = render(volumes, State())
-    assert picture.dtype == np.uint8 and picture.shape == (7, 5 * 5 + 4 * explorer.GAP, 3)
-    assert np.all(picture[:, 5 : 5 + explorer.GAP] == explorer.GAP_GREY)
+    assert picture.dtype == np.uint8 and picture.shape == (7, 5 * 5 + 4 * GAP, 3)
+    assert np.all(picture[:, 5 : 5 + GAP] == GAP_GREY)
     assert list(panes({"LPET": scan.lpet, "restored": scan.lpet}, State()))[-1] == "restored - LPET"
 
 
@@ -101,7 +106,7 @@ def test_difference_is_centred_on_zero():
     restored[1, 0, 0] -= 3
     state = State(difference=3.0, radiological=False)
     picture = render({"SPET": spet, "restored": restored}, state)[:, -5:].astype(int)
-    centre, high, low = (255 * np.array(explorer.matplotlib.colormaps["RdBu_r"](v)[:3]) for v in (0.5, 1.0, 0.0))
+    centre, high, low = (255 * np.array(matplotlib.colormaps["RdBu_r"](v)[:3]) for v in (0.5, 1.0, 0.0))
     assert np.allclose(picture[-1, 0], high, atol=1) and np.allclose(picture[-1, 1], low, atol=1)
     assert np.allclose(picture[:-1], centre, atol=1)
 
@@ -171,7 +176,7 @@ def test_every_slice_of_every_plane_can_be_reached(scan):
 def test_failure_in_a_callback_is_shown_and_raised_and_goes_away(scan, monkeypatch):
     view = explore(scan)
     with monkeypatch.context() as patch:
-        patch.setattr(explorer, "panes", lambda volumes, state: 1 / 0)
+        patch.setattr("mfdiff_lite.look.page.panes", lambda volumes, state: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             view.slice.value = 2
         assert 'role="alert"' in view.error.value and "ZeroDivisionError" in view.error.value
@@ -185,7 +190,7 @@ def test_seven_panes_stand_in_two_rows(scan):
     names = [re.findall(r"<b>([^<]+)</b>", row.children[0].value) for row in view._rows]
     assert names == [["LPET", "SPET", "MR", "restored"], ["restored - SPET", "SD", "gate"]]
     pictures = [Image.open(io.BytesIO(row.children[1].value)) for row in view._rows]
-    widths = [4 * 5 + 3 * explorer.GAP, 3 * 5 + 2 * explorer.GAP]
+    widths = [4 * 5 + 3 * GAP, 3 * 5 + 2 * GAP]
     assert [picture.size for picture in pictures] == [(width, 7) for width in widths]
     assert [row.layout.width for row in view._rows] == ["100.00%", f"{100 * widths[1] / widths[0]:.2f}%"]  # same scale
     single = explore(scan, result(volume(3), n_samples=1))
@@ -198,13 +203,13 @@ def test_mr_under_pet_shows_where_there_is_no_uptake():
     state = State(index=1, window=(0, 10), own_windows={"MR": (0, 100)}, radiological=False, blend=1.0)
     volumes = {"LPET": lpet, "MR": mr}
     picture = render(volumes, state)[2, :5]
-    hot, grey = (explorer.matplotlib.colormaps[name] for name in ("hot", "gray"))
+    hot, grey = (matplotlib.colormaps[name] for name in ("hot", "gray"))
     under = np.array(grey(0.8)[:3])
     for x, uptake in ((0, 0.0), (1, 1.0), (2, 0.5)):
         expected = uptake * np.array(hot(uptake)[:3]) + (1 - uptake) * under
         assert np.allclose(picture[x], 255 * expected, atol=4)
-    assert panes(volumes, explorer.replace(state, pet_map="inferno"))["LPET"].colours == "inferno"
-    alone = panes(volumes, explorer.replace(state, blend=0.0))["LPET"]
+    assert panes(volumes, replace(state, pet_map="inferno"))["LPET"].colours == "inferno"
+    alone = panes(volumes, replace(state, blend=0.0))["LPET"]
     assert alone.colours == "gray_r" and alone.under is None
     view = explore(Scan(lpet, mr))
     before = view.image.value
@@ -248,7 +253,7 @@ def test_crosshair_lines_meet_at_the_voxel_and_leave_it_free(scan):
     view = explore(Scan(lpet))
     view.window.value = view.window.min, view.window.min  # all voxels at the end of the scale
     view.go_to((2 * 12, 2 * 30, 2 * 5))
-    cross = np.all(pixels(view) == explorer.CROSS, axis=-1)
+    cross = np.all(pixels(view) == CROSS, axis=-1)
     rows, columns = np.flatnonzero(cross.sum(1) > 20), np.flatnonzero(cross.sum(0) > 20)
     assert rows.tolist() == [40 - 30] and columns.tolist() == [39 - 12]  # anterior up, right on the left
     assert not cross[10, 27] and cross.sum() == 40 + 41 - 2 * 7
@@ -257,7 +262,7 @@ def test_crosshair_lines_meet_at_the_voxel_and_leave_it_free(scan):
     assert shown == ["axial slice", "coronal slice", "sagittal slice"] and boxes == [None] * 3
     view.crosshair.value = False
     assert view._position_rows["coronal"].layout.display == "none"
-    assert not np.all(pixels(view) == explorer.CROSS, axis=-1).any()
+    assert not np.all(pixels(view) == CROSS, axis=-1).any()
 
 
 def test_each_slider_has_a_play_button_of_its_range(scan):
@@ -266,10 +271,10 @@ def test_each_slider_has_a_play_button_of_its_range(scan):
     assert [(play.min, play.max, play.value) for play in plays] == [(1, 9, 5), (1, 7, 4), (1, 5, 3)]
 
 
-@pytest.mark.parametrize("name", [*explorer.PET_MAPS.values(), *explorer.OWN_MAPS.values(), "RdBu_r"])
+@pytest.mark.parametrize("name", [*PET_MAPS.values(), *OWN_MAPS.values(), "RdBu_r"])
 def test_colour_maps_read_in_grey_and_for_colour_blind_eyes(name):
     """Lightness never turns back: every order that colour shows, lightness shows too. (Diverging: in each half.)"""
-    colours = explorer.matplotlib.colormaps[name](np.linspace(0, 1, 128))[:, :3]
+    colours = matplotlib.colormaps[name](np.linspace(0, 1, 128))[:, :3]
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     lightness = np.cbrt(linear @ [0.2126, 0.7152, 0.0722])
     halves = np.split(lightness, 2) if name == "RdBu_r" else [lightness]
@@ -325,7 +330,7 @@ def test_a_tall_volume_is_thinned_for_the_page_but_not_its_present_slice():
     view = explore(Scan(volume(shape=(8, 8, 101))))
     view.slice.value = 78
     text = view._repr_mimebundle_()["text/html"]
-    assert text.count('type="radio"') in (explorer.STILLS, explorer.STILLS + 1)
+    assert text.count('type="radio"') in (STILLS, STILLS + 1)
     assert re.search(r'aria-label="axial slice 78 of 101[^"]*" checked', text)
 
 
@@ -348,7 +353,7 @@ def test_slice_without_mr_and_spet(convert):
     view = explore(Scan(convert(array)), restored)
     assert view.plane.disabled and view.slice.disabled and view.plane.value == "axial"
     assert re.findall(r"<b>([^<]+)</b>", view.titles.value) == ["LPET", "restored", "restored - LPET"]
-    assert pixels(view).shape == (8, 3 * 6 + 2 * explorer.GAP, 3)
+    assert pixels(view).shape == (8, 3 * 6 + 2 * GAP, 3)
     assert "axial slice 1 of 1" in view.caption.value
     assert len(view.figure().axes) == 3 * 2  # panes and colour bars
 
@@ -488,8 +493,6 @@ def test_report_stands_alone_and_is_escaped(scan):
 def test_panel_puts_the_patients_right_on_the_left_and_centres_mm():
     from matplotlib.figure import Figure
 
-    from mfdiff_lite.explorer import panel
-
     image = np.zeros((64, 64))
     image[40, 50] = 5.0  # right (+x) and anterior (+y) of the centre
     ax = Figure().subplots()
@@ -518,10 +521,10 @@ def test_air_is_cut_off_and_places_stay_right():
 
 def test_show_displays_a_picture_with_its_text_and_closes_it(monkeypatch):
     shown = []
-    monkeypatch.setattr(explorer, "display", lambda data, raw: shown.append(data))
+    monkeypatch.setattr("mfdiff_lite.look.page.display", lambda data, raw: shown.append(data))
     fig, ax = plt.subplots()
     ax.plot([1, 2])
-    explorer.show(fig, 'a line that rises from 1 to 2 "kBq/mL"')
+    show(fig, 'a line that rises from 1 to 2 "kBq/mL"')
     assert shown[0]["text/html"].startswith('<img alt="a line that rises from 1 to 2 &quot;kBq/mL&quot;" ')
     assert "data:image/png;base64," in shown[0]["text/html"] and shown[0]["text/plain"].startswith("a line")
     assert not plt.fignum_exists(fig.number)
@@ -530,21 +533,26 @@ def test_show_displays_a_picture_with_its_text_and_closes_it(monkeypatch):
 def test_show_cuts_nothing_off_and_covers_nothing(monkeypatch):
     """Images keep their shape, so that a layout knows where they and their labels end only when they are drawn."""
     shown = []
-    monkeypatch.setattr(explorer, "display", lambda data, raw: shown.append(data["text/html"]))
+    monkeypatch.setattr("mfdiff_lite.look.page.display", lambda data, raw: shown.append(data["text/html"]))
     fig, ax = plt.subplots(figsize=(5, 3.9), layout="constrained")
     ax.imshow(np.eye(3))
     ax.set_yticks(range(3), ["a rather long name"] * 3)
     ax.set_ylabel("a label at the edge")
     fig.text(1.01, 0.5, "beyond the edge")
-    explorer.show(fig, "a square with a diagonal of ones")
+    show(fig, "a square with a diagonal of ones")
     png = re.search('base64,([^"]+)', shown[0]).group(1)
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L"))
     assert picture.shape[1] > 90 * 5 and all((edge == 255).all() for edge in (*picture[[0, -1]], *picture.T[[0, -1]]))
 
     fig, axes = plt.subplots(1, 5, figsize=(13, 4.2), layout="constrained")
     for ax in axes:
-        drawn = explorer.panel(ax, np.eye(128), "a title\nof two lines", None, (-1, 1))
+        drawn = panel(ax, np.eye(128), "a title\nof two lines", None, (-1, 1))
     fig.colorbar(drawn, ax=axes[:4], location="bottom", shrink=0.5)
     above = fig.suptitle("the title of all")
-    explorer.show(fig, "five squares with a diagonal of ones each")
+    show(fig, "five squares with a diagonal of ones each")
     assert above.get_window_extent().y0 > axes[0].title.get_window_extent().y1
+
+
+def test_looking_does_not_wait_for_torch():
+    code = "import sys, mfdiff_lite.look; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -9,7 +9,7 @@ from skimage.metrics import structural_similarity
 
 from mfdiff_lite import evaluation, metrics
 from mfdiff_lite.baselines import gaussian
-from mfdiff_lite.evaluation import brain_mask, compare, evaluate, score
+from mfdiff_lite.evaluation import compare, evaluate, score
 from mfdiff_lite.metrics import (
     activity_bias,
     calibration,
@@ -24,7 +24,9 @@ from mfdiff_lite.metrics import (
     ssim,
     texture,
 )
-from mfdiff_lite.scan import ActivityScale, Lesion, Scan
+from mfdiff_lite.phantom import Lesion
+from mfdiff_lite.scan import Scan
+from mfdiff_lite.view import ActivityScale, brain_mask
 
 SHAPE = (40, 40, 12)
 X, Y, Z = np.indices(SHAPE).astype(float)

@@ -9,9 +9,10 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from mfdiff_lite import phantom
-from mfdiff_lite.anatomy import CSF, WHITE, load_anatomy
+from mfdiff_lite.anatomy import CSF, WHITE
 from mfdiff_lite.metrics import lesion_contrast
 from mfdiff_lite.phantom import LESION_KINDS, SHIFTS, Randomisation, shift_settings, smooth_field, virtual_patient
+from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scanner import Scanner
 
 STILL = dict(rotation=(0.0, 0.0), size=(1.0, 1.0), bend=(0.0, 0.0), folding=(0.0, 0.0))
@@ -229,10 +230,13 @@ class Recorder:
     def __init__(self, keep):
         self.keep, self.original = keep, phantom._add_lesions
 
-    def __call__(self, mask, tissues, uptake, mr, levels, ranges, rng):
+    def __call__(self, mask, uptake, mr, levels, ranges, rng):
         self.before = uptake.copy(), mr.copy()
-        lesions, table, *self.after = self.original(mask, tissues, uptake.copy(), mr.copy(), levels, ranges, rng)
-        return lesions, table, *(self.after if self.keep else self.before)
+        lesions, table = self.original(mask, uptake, mr, levels, ranges, rng)
+        self.after = uptake.copy(), mr.copy()
+        if not self.keep:
+            uptake[...], mr[...] = self.before
+        return lesions, table
 
 
 def with_and_without(monkeypatch, anatomy, kinds, **kwargs):

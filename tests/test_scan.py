@@ -1,7 +1,9 @@
 """One case on one grid: what comes in, what is refused and in which words, and the way to the model's grid and back."""
 
+import dataclasses
 import gzip
 import re
+import threading
 import warnings
 
 import nibabel as nib
@@ -10,10 +12,12 @@ import pytest
 import torch
 from scipy import ndimage
 
-from mfdiff_lite.anatomy import load_anatomy
+from mfdiff_lite.files import load_scan, load_volume, save_volume, whole_file
 from mfdiff_lite.phantom import virtual_patient
-from mfdiff_lite.scan import ActivityScale, Scan, WorkingGrid, load_scan, load_volume, save_volume, scale_mr, whole_file
+from mfdiff_lite.readers.brainweb import load_anatomy
+from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
+from mfdiff_lite.view import ActivityScale, ModelView, WorkingGrid, neighbours, scale_mr
 
 SHAPE = (40, 44, 18)
 
@@ -164,7 +168,6 @@ BAD = {
         dict(lpet=head(), dose_reduction=0.5),
         "dose_reduction: expected SPET counts / LPET counts, .*found 0.5",
     ),
-    "dose NaN": (dict(lpet=head(), dose_reduction=float("nan")), "dose_reduction: .*found nan"),
     "dose inf": (dict(lpet=head(), dose_reduction=float("inf")), "dose_reduction: .*found inf"),
 }
 
@@ -205,12 +208,14 @@ def test_integers_with_a_slope_are_read_in_their_unit(tmp_path):
     image = nib.Nifti1Image(head(), affine_of("RAS", 2.0, SHAPE))
     image.set_data_dtype(np.int16)  # nibabel picks slope and intercept
     image.to_filename(tmp_path / "scaled.nii")
-    np.testing.assert_allclose(load_scan(tmp_path / "scaled.nii").lpet, head(), atol=head().max() / 2**15)
+    np.testing.assert_allclose(
+        load_scan(tmp_path / "scaled.nii", dose_reduction=20).lpet, head(), atol=head().max() / 2**15
+    )
 
 
 def test_a_trailing_axis_of_one_is_no_fourth_dimension(tmp_path):
     path = write(tmp_path / "one_frame.nii.gz", head()[..., None])
-    assert load_scan(path).lpet.shape == SHAPE
+    assert load_scan(path, dose_reduction=20).lpet.shape == SHAPE
 
 
 def cut(path, share):
@@ -309,7 +314,7 @@ BROKEN = [
 def test_load_scan_refuses(tmp_path, case):
     path, kind, message = broken(tmp_path, case)
     with pytest.raises(kind, match=f"{re.escape(str(path))}: .*{message}") as error:
-        load_scan(path)
+        load_scan(path, dose_reduction=20)
     sentence(error)
 
 
@@ -320,14 +325,14 @@ def test_load_scan_refuses_the_same_of_the_mr(tmp_path, files, case):
     if case in ("NaN", "inf", "zeros"):  # of the PET's grid, so that the content is what is wrong
         write(path, nib.load(path).get_fdata().astype(np.float32))
     with pytest.raises(kind, match=f"{re.escape(str(path))}: .*{message}") as error:
-        load_scan(files[0], path)
+        load_scan(files[0], path, dose_reduction=20)
     sentence(error)
 
 
 def test_a_bad_mr_on_another_grid_is_found_before_interpolation_spreads_it(tmp_path, files):
     path = write(tmp_path / "other.nii.gz", spoiled(np.nan), affine_of("LAS", 2.0, SHAPE))
     with pytest.raises(ValueError, match="other.nii.gz: expected finite values"):
-        load_scan(files[0], path)
+        load_scan(files[0], path, dose_reduction=20)
 
 
 @pytest.mark.parametrize("offset", [(300.0, 0, 0), (0, 0, -200.0), (60.0, 30.0, 0)])
@@ -339,7 +344,7 @@ def test_mr_elsewhere(tmp_path, files, offset):
         ValueError,
         match="elsewhere.nii.gz: expected an MR that covers the head in .*lpet.nii.gz, found .*%.*register the MR",
     ) as error:
-        load_scan(files[0], path)
+        load_scan(files[0], path, dose_reduction=20)
     sentence(error)
 
 
@@ -350,11 +355,11 @@ def test_spet_and_mask_must_lie_on_the_lpets_grid(tmp_path, files, role):
     with pytest.raises(
         ValueError, match=f"mirrored.nii.gz: expected the grid of {re.escape(str(files[0]))}.*another affine"
     ) as error:
-        load_scan(files[0], **{f"{role}_path": path})
+        load_scan(files[0], **{f"{role}_path": path}, dose_reduction=20)
     sentence(error)
     shorter = write(tmp_path / "shorter.nii.gz", head()[..., 1:])
     with pytest.raises(ValueError, match="shorter.nii.gz: expected the (LPET's grid|grid of)"):
-        load_scan(files[0], **{f"{role}_path": shorter})
+        load_scan(files[0], **{f"{role}_path": shorter}, dose_reduction=20)
 
 
 def test_load_volume_shares_the_checks(tmp_path, files):
@@ -381,7 +386,7 @@ def test_mr_is_resampled_by_the_affines(tmp_path, files, codes, voxel, shape):
     """A blob at a known place in mm on the MR's grid is there on the PET's grid, with its height and width."""
     affine, place, sigma = affine_of(codes, voxel, shape, centre=(5.0, -4.0, 10.0)), np.array([9.0, -12.0, 6.0]), 8.0
     path = write(tmp_path / "other.nii.gz", blob(shape, affine, place, sigma) + np.float32(0), affine)
-    scan = load_scan(files[0], path)
+    scan = load_scan(files[0], path, dose_reduction=20)
     expected = blob(SHAPE, scan.affine, place, sigma)
     expected *= scan.mr > 0  # a smaller field of view is filled with zeros
     np.testing.assert_allclose(gravity(scan.mr, scan.affine), gravity(expected, scan.affine), atol=0.3)
@@ -390,14 +395,18 @@ def test_mr_is_resampled_by_the_affines(tmp_path, files, codes, voxel, shape):
 
 
 def test_mr_on_the_pets_grid_is_not_touched(files):
-    np.testing.assert_array_equal(load_scan(*files).mr, np.asarray(nib.load(files[1]).dataobj, np.float32))
+    np.testing.assert_array_equal(
+        load_scan(*files, dose_reduction=20).mr, np.asarray(nib.load(files[1]).dataobj, np.float32)
+    )
 
 
 def test_fine_mr_noise_is_averaged_not_picked(tmp_path, files):
     """1 mm noise on 2 mm voxels: without a low-pass each voxel would keep all of it."""
     shape = (96, 100, 56)
     noise = np.random.default_rng(0).normal(100, 10, shape).astype(np.float32)
-    mr = load_scan(files[0], write(tmp_path / "noise.nii.gz", noise, affine_of("RAS", 1.0, shape))).mr
+    mr = load_scan(
+        files[0], write(tmp_path / "noise.nii.gz", noise, affine_of("RAS", 1.0, shape)), dose_reduction=20
+    ).mr
     inner = mr[4:-4, 4:-4, 4:-4]
     assert inner.mean() == pytest.approx(100, rel=0.01)
     assert inner.std() < 0.45 * 10  # the mean of 8 voxels has 0.35
@@ -562,7 +571,7 @@ def test_a_bright_skull_does_not_move_the_mr_scale(doses):
 
 
 def test_save_volume_round_trip(tmp_path, files):
-    scan = load_scan(*files)
+    scan = load_scan(*files, dose_reduction=20)
     for name in ("out.nii.gz", "out.nii"):
         path = save_volume(tmp_path / name, 1.5 * scan.lpet, scan)
         image = nib.load(path)
@@ -576,7 +585,7 @@ def test_save_volume_of_an_integer_file_is_not_rounded(tmp_path):
     image = nib.Nifti1Image(head(), affine_of("LAS", 1.5, SHAPE))
     image.set_data_dtype(np.int16)
     image.to_filename(tmp_path / "int.nii.gz")
-    scan = load_scan(tmp_path / "int.nii.gz")
+    scan = load_scan(tmp_path / "int.nii.gz", dose_reduction=20)
     path = save_volume(tmp_path / "out.nii.gz", scan.lpet / 3, scan)
     np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), scan.lpet / 3)
     np.testing.assert_allclose(nib.load(path).affine, affine_of("LAS", 1.5, SHAPE), atol=1e-4)
@@ -650,7 +659,7 @@ def test_whole_file_appears_only_at_the_end(tmp_path):
 def test_no_warning_on_good_files(files):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        WorkingGrid(load_scan(*files))
+        WorkingGrid(load_scan(*files, dose_reduction=20))
 
 
 # ---- count halves --------------------------------------------------------------------------------------------------
@@ -669,8 +678,63 @@ def test_halves_are_checked_like_the_lpet(tmp_path):
 
 
 def test_halves_are_read_from_files_on_the_lpets_grid(files, tmp_path):
-    scan = load_scan(*files, half_paths=(files[0], files[0]))
+    scan = load_scan(*files, dose_reduction=20, half_paths=(files[0], files[0]))
     np.testing.assert_array_equal(scan.halves[1], scan.lpet)
     other = write(tmp_path / "other.nii.gz", head()[:-1], affine_of("RAS", 2.0, head()[:-1].shape))
     with pytest.raises(ValueError, match="other.nii.gz: expected the grid of"):
-        load_scan(*files, half_paths=(files[0], other))
+        load_scan(*files, dose_reduction=20, half_paths=(files[0], other))
+
+
+# ---- what came in goes back, and what is not said is said ----------------------------------------------------------
+
+
+def test_replace_keeps_the_kind_and_the_dimension_that_came_in():
+    """Today's fault: a torch slice, replaced, gave (X, Y, 1) NumPy back."""
+    slice_of = torch.from_numpy(head()[..., 5])
+    scan = dataclasses.replace(Scan(slice_of, voxel_size=2.5), dose_reduction=4.0)
+    back = scan.like_input(scan.lpet)
+    assert isinstance(back, torch.Tensor) and back.shape == slice_of.shape
+    assert scan.voxel_size == (2.5, 2.5, 2.5) and scan.dose_reduction == 4.0
+
+
+def test_a_scan_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Scan(head()).second = head()
+
+
+def test_files_do_not_say_their_dose_and_a_guess_is_not_silent(files):
+    with pytest.warns(UserWarning, match="lpet.nii.gz: expected its dose-reduction factor, .*20 is assumed"):
+        assert load_scan(*files).dose_reduction == 20
+    unknown = load_scan(*files, dose_reduction=float("nan"))
+    with pytest.raises(ValueError, match="lpet: expected its dose-reduction factor, found it unknown"):
+        ModelView(unknown, context=3)
+
+
+@pytest.mark.parametrize(
+    ("context", "depth", "z", "expected"),
+    [(5, 1, 0, [0, 0, 0, 0, 0]), (5, 3, 0, [0, 0, 0, 1, 2]), (5, 3, 2, [0, 1, 2, 2, 2]), (3, 9, 4, [3, 4, 5])],
+)
+def test_the_edge_rule_repeats_the_end_slices(context, depth, z, expected):
+    assert neighbours(z, context, 0, depth - 1).tolist() == expected
+    view = ModelView(Scan(head()[..., 4 : 4 + depth]), context)
+    slices = view.slices(np.array([z]))["lpet"][0]
+    np.testing.assert_array_equal(view.cut(slices), np.moveaxis(view.lpet[..., expected], -1, 0))
+
+
+def test_threads_that_write_one_file_do_not_share_its_partial(tmp_path):
+    """Today's fault: the partial was named after the process alone."""
+    gate, names = threading.Barrier(2), []
+
+    def write_one(text):
+        with whole_file(tmp_path / "one.txt") as partial:
+            partial.write_text(text)
+            names.append(partial.name)
+            gate.wait(10)
+
+    threads = [threading.Thread(target=write_one, args=(text,)) for text in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(names)) == 2 and (tmp_path / "one.txt").read_text() in "ab"
+    assert [path.name for path in tmp_path.iterdir()] == ["one.txt"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mfdiff_lite.anatomy import load_anatomy
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
+from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scanner import Scanner, Sinogram, _subset_order
 
 SMALL = Scanner(matrix=64, pixel_size=4.0, angles=84, psf_fwhm=6.0)  # same field of view, a quarter of the work
@@ -337,6 +337,7 @@ def test_thinned_pairs_share_noise_and_independent_ones_do_not(patient):
     scanner = Scanner(iterations=1, subsets=12, matrix=64, pixel_size=4.0, angles=84)
     small = dataclasses.replace(
         patient,
+        affine=np.diag([4.0, 4.0, 2.0, 1.0]),
         **{
             k: getattr(patient, k)[::2, ::2, :1]
             for k in ("activity", "attenuation", "mr", "mask", "tissues", "lesions")

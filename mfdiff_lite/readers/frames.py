@@ -18,7 +18,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from .scan import Scan, on_grid_of, quiet_nibabel, read_image
+from ..files import on_grid_of, quiet_nibabel, read_image
+from ..scan import Scan
 
 
 def short_frame_scan(

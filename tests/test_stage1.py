@@ -2,16 +2,22 @@
 
 import dataclasses
 import os
+import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
+from mfdiff_lite import cohort, loop
 from mfdiff_lite.cohort import SliceDataset, make_cohort
 from mfdiff_lite.config import load_profile
+from mfdiff_lite.loop import CHECKPOINT, update_average
 from mfdiff_lite.model import MFdiff, load_model
-from mfdiff_lite.training import CHECKPOINT, WEIGHTS, learning_rate, train_stage1, update_average
+from mfdiff_lite.stage1 import WEIGHTS, learning_rate, train_stage1
 
 TINY = load_profile(
     "smoke",
@@ -42,10 +48,13 @@ def uncut(tmp_path_factory):
 
 
 def test_a_resumed_run_ends_at_the_same_weights_as_an_uncut_one(uncut, tmp_path):
-    steps = train_stage1(TINY, tmp_path, device="cpu", workers=1)
-    for _ in range(3):  # one step past the checkpoint of step 2: that step is lost and must be repeated alike
+    steps = train_stage1(TINY, tmp_path / "run", device="cpu", workers=1)
+    for _ in range(3):
         next(steps)
+    # A power cut one step past the checkpoint of step 2: that step is lost and must be repeated alike.
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
     steps.close()
+    tmp_path = tmp_path / "cut"
     states = run(tmp_path, resume=True)
     assert [s.step for s in states] == [3, 4, 5, 6]
     assert all(torch.equal(a, b) for a, b in zip(weights(uncut[0]).values(), weights(tmp_path).values(), strict=True))
@@ -60,19 +69,61 @@ def test_the_same_seed_repeats_and_another_does_not(uncut, tmp_path):
     assert any(not torch.equal(a, other[k]) for k, a in weights(uncut[0]).items())
 
 
-def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(uncut, tmp_path):
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(uncut, tmp_path, monkeypatch):
     states, before = [], signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    update = loop.update_average
+
+    def interrupted(*arguments):
+        update(*arguments)
+        if len(states) == 3:  # in the middle of step 4
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "update_average", interrupted)
         for state in train_stage1(TINY, tmp_path, device="cpu", workers=1):
             states.append(state.step)
-            if state.step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
     assert states == [1, 2, 3] and (tmp_path / CHECKPOINT).exists()
     again = run(tmp_path, resume=True)
     assert [s.step for s in again] == [5, 6]  # step 4 was finished and saved before the interrupt
     assert [s.loss for s in again] == [s.loss for s in uncut[1][4:]]  # the running means go on as well
     assert all(torch.equal(a, b) for a, b in zip(weights(uncut[0]).values(), weights(tmp_path).values(), strict=True))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_between_two_steps_is_the_callers_and_loses_nothing(tmp_path):
+    """Today's fault: while the generator was suspended, Ctrl-C in the caller's code did nothing until the next step."""
+    steps = train_stage1(TINY, tmp_path, device="cpu", workers=1)
+    next(steps)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)  # ended by the signal
+    steps.close()
+    assert next(train_stage1(TINY, tmp_path, resume=True, device="cpu", workers=1)).step == 2
+
+
+def test_another_cohort_is_not_resumed(uncut, monkeypatch):
+    """Today's fault: a run went on with other data without a word."""
+    monkeypatch.setattr(cohort, "DATA_VERSION", cohort.DATA_VERSION + 1)
+    monkeypatch.setenv("MFDIFF_CACHE", str(uncut[0].parent / "cache"))
+    with pytest.raises(ValueError, match="found one with cohort=v"):
+        run(uncut[0], resume=True)
+
+
+def test_the_card_names_every_revision_that_trained(uncut, tmp_path, monkeypatch):
+    steps = train_stage1(TINY, tmp_path, device="cpu", workers=1)
+    next(steps)
+    steps.close()
+    first = uncut[1][-1].model.card["revision"]
+    monkeypatch.setattr(loop, "code_revision", lambda: "another")
+    assert run(tmp_path, resume=True)[-1].model.card["revision"] == f"{first}, another"
+
+
+def test_one_process_can_train_with_another_precision_after_it(uncut):
+    """Today's fault: accelerate keeps the first run's state, and the second one was refused."""
+    assert loop.accelerator_on("cpu").mixed_precision == "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="bf16")
+    assert loop.accelerator_on("cpu").mixed_precision == "no"
 
 
 def test_nothing_half_written_is_left(uncut):
@@ -104,8 +155,8 @@ def test_the_gpu_that_was_named_is_the_one_that_trains(monkeypatch):
         raise InterruptedError
 
     named = []
-    monkeypatch.setattr("mfdiff_lite.training.pick_device", torch.device)
-    monkeypatch.setattr("mfdiff_lite.training.Accelerator", at_the_accelerator)
+    monkeypatch.setattr("mfdiff_lite.loop.pick_device", torch.device)
+    monkeypatch.setattr("mfdiff_lite.loop.Accelerator", at_the_accelerator)
     monkeypatch.setattr(torch.cuda, "set_device", named.append)
     for device in ("cuda:1", "cuda", "cpu"):
         with pytest.raises(InterruptedError):
@@ -113,9 +164,10 @@ def test_the_gpu_that_was_named_is_the_one_that_trains(monkeypatch):
     assert named == [torch.device("cuda:1")]
 
 
-def test_a_loss_that_explodes_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="learning_rate"):
-        run(None, dataclasses.replace(TINY, learning_rate=float("inf"), warmup=1))
+def test_a_loss_that_explodes_stops_the_run(monkeypatch):
+    monkeypatch.setattr("mfdiff_lite.stage1.learning_rate", lambda profile, step: float("inf"))
+    with pytest.raises(FloatingPointError, match="no longer finite at step 2; lower learning_rate"):
+        run(None)
 
 
 def test_a_batch_in_parts_gives_the_losses_and_the_gradient_of_the_whole(monkeypatch):

@@ -1,0 +1,205 @@
+"""NIfTI in and out, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.processing import resample_from_to
+from scipy import ndimage
+
+from .config import FWHM_TO_SD
+from .scan import Scan, maps_to_mm
+
+ASSUMED_DOSE_REDUCTION = 20.0  # of files whose user does not say it
+
+
+def load_scan(
+    lpet_path: str | Path,
+    mr_path: str | Path | None = None,
+    spet_path: str | Path | None = None,
+    dose_reduction: float | None = None,
+    mask_path: str | Path | None = None,
+    half_paths: tuple[str | Path, str | Path] | None = None,
+) -> Scan:
+    """Read a case from NIfTI files. The MR may lie on any grid: it is resampled to the PET by the affines; all else
+    must lie on the PET's.
+
+    dose_reduction: standard-dose counts / counts of the LPET. No file says it: without it 20 is assumed, with a
+    warning; NaN leaves it unknown, for a scan that is only looked at or compared. Raises OSError when a file cannot be
+    read, ValueError when its content will not do; each in one sentence that says what to do.
+    """
+    if dose_reduction is None:
+        dose_reduction = ASSUMED_DOSE_REDUCTION
+        warnings.warn(
+            f"{lpet_path}: expected its dose-reduction factor, found none given; {dose_reduction:g} is assumed: "
+            "pass dose_reduction (--dose-reduction), standard-dose counts / counts of the LPET",
+            stacklevel=2,
+        )
+    lpet = read_image(lpet_path)
+    sources = {"lpet": lpet_path, "mr": mr_path, "spet": spet_path, "mask": mask_path}
+    named = {key: str(path) for key, path in sources.items() if path is not None}
+    Scan(lpet.dataobj, affine=lpet.affine, sources=named)  # a bad PET is refused before its MR is blamed
+    mr = None if mr_path is None else on_grid_of(lpet, read_image(mr_path), lpet_path, mr_path)
+    spet, mask = (
+        None if path is None else _if_grid_of(lpet, read_image(path), lpet_path, path)
+        for path in (spet_path, mask_path)
+    )
+    halves = None if half_paths is None else [_if_grid_of(lpet, read_image(p), lpet_path, p) for p in half_paths]
+    return Scan(
+        lpet=np.asarray(lpet.dataobj, np.float32),
+        mr=mr,
+        spet=spet,
+        mask=None if mask is None else mask > 0.5,
+        halves=halves,
+        affine=lpet.affine,
+        dose_reduction=dose_reduction,
+        unit="input unit",
+        name=Path(lpet_path).name.split(".")[0],
+        header=lpet.header,
+        sources=named,
+    )
+
+
+def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """One 3-D NIfTI volume and its affine, with the same checks and sentences as `load_scan`."""
+    image = read_image(path)
+    return np.asarray(image.dataobj, np.float32), image.affine
+
+
+def read_image(path: str | Path) -> nib.Nifti1Image:
+    """A 3-D image, its data read whole so that a truncated file is found here."""
+    if not Path(path).is_file():
+        raise OSError(
+            f"{path}: expected a NIfTI file, found {'a folder' if Path(path).is_dir() else 'nothing'}; check the path"
+        )
+    try:
+        with quiet_nibabel():
+            image = nib.load(path)
+        data = np.asanyarray(image.dataobj)
+    except nib.filebasedimages.ImageFileError:
+        raise OSError(
+            f"{path}: expected a NIfTI file (.nii or .nii.gz), found something else; "
+            "convert it first, e.g. with dcm2niix"
+        ) from None
+    except (OSError, EOFError, zlib.error, ValueError, nib.spatialimages.HeaderDataError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{path}: expected a whole NIfTI file, found a truncated or damaged one ({reason}); copy or export it again"
+        ) from None
+    if data.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: expected real numbers, found {data.dtype}; save one real-valued channel")
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.ndim != 3:
+        raise ValueError(
+            f"{path}: expected one 3-D volume, found shape {data.shape}; extract one time frame or channel first"
+        )
+    if not maps_to_mm(image.affine):
+        raise ValueError(f"{path}: expected an affine that maps voxels to mm, found a singular one; repair the header")
+    return nib.Nifti1Image(data, image.affine, image.header if isinstance(image, nib.Nifti1Image) else None)
+
+
+@contextmanager
+def quiet_nibabel() -> Iterator[None]:
+    """Nibabel logs a line of its own about a header that it then raises about."""
+    logger = nib.imageglobals.logger
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _if_grid_of(pet: nib.Nifti1Image, image: nib.Nifti1Image, pet_path: object, path: object) -> np.ndarray:
+    """The data of an image that must lie on the PET grid already; a mirrored one of the same shape would pass
+    unnoticed."""
+    if image.shape != pet.shape or not np.allclose(image.affine, pet.affine, atol=1e-2):
+        raise ValueError(
+            f"{path}: expected the grid of {pet_path}, {pet.shape}, found {image.shape} or another affine; "
+            "resample it to the PET first"
+        )
+    return np.asarray(image.dataobj, np.float32)
+
+
+def on_grid_of(pet: nib.Nifti1Image, mr: nib.Nifti1Image, pet_path: object, mr_path: object) -> np.ndarray:
+    """MR resampled to the PET grid: low-pass to the PET's voxels, then linear."""
+    active = np.argwhere(np.asarray(pet.dataobj) > 0.2 * np.max(pet.dataobj))
+    points = nib.affines.apply_affine(np.linalg.inv(mr.affine) @ pet.affine, active[:: max(1, len(active) // 20000)])
+    overlap = np.mean(np.all((points > -1) & (points < np.array(mr.shape)), axis=1)) if len(points) else 1.0
+    if overlap < 0.5:
+        raise ValueError(
+            f"{mr_path}: expected an MR that covers the head in {pet_path}, found {overlap:.0%} of the active "
+            "voxels inside it; "
+            "register the MR to the PET, or check both affines"
+        )
+    data = np.asarray(mr.dataobj, np.float32)
+    if mr.shape == pet.shape and np.allclose(mr.affine, pet.affine, atol=1e-3):
+        return data
+    if not np.isfinite(data).all():  # before interpolation spreads them
+        raise ValueError(
+            f"{mr_path}: expected finite values, found NaN or infinite voxels; replace them (background: 0) first"
+        )
+    fine, coarse = nib.affines.voxel_sizes(mr.affine), nib.affines.voxel_sizes(pet.affine)
+    sigma = np.sqrt(np.maximum(coarse.min() ** 2 - fine**2, 0)) * FWHM_TO_SD / fine
+    smooth = ndimage.gaussian_filter(data, sigma, mode="nearest")
+    return np.asarray(resample_from_to(nib.Nifti1Image(smooth, mr.affine), pet, order=1, cval=0).dataobj, np.float32)
+
+
+def save_volume(path: str | Path, volume: np.ndarray, scan: Scan, force: bool = False) -> Path:
+    """Write a volume on the scan's grid as float32 NIfTI: whole or not at all, and never over an existing file unless
+    `force`."""
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
+    volume = np.asarray(volume, np.float32)
+    image = nib.Nifti1Image(volume[..., None] if volume.ndim == 2 else volume, scan.affine, scan.header)
+    image.set_data_dtype(np.float32)
+    image.header.set_slope_inter(1, 0)
+    with whole_file(path, force) as partial:
+        image.to_filename(partial)
+    return path
+
+
+@contextmanager
+def whole_file(path: str | Path, force: bool = True) -> Iterator[Path]:
+    """`with whole_file(path, force) as partial:` write to `partial`; it becomes `path` only if the block succeeds."""
+    path = Path(path)
+    refuse_to_write(path, force)
+    partial = partial_of(path)
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # some writers make files that only their owner can read
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            f"{path}: could not be written ({error.strerror or error}); check space and permissions"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it is whole, beside its place; another one in every process and thread."""
+    return path.with_name(f".{os.getpid()}-{threading.get_ident()}-part-{path.name}")
+
+
+def refuse_to_write(path: Path, force: bool) -> None:
+    """Raise an OSError in one sentence if `path` is a folder, exists already and `force` is off, or has no folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file to write, found a folder; choose another name")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path}: exists already; choose another name or pass --force to replace it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path.parent}: expected a folder to write {path.name} into, found none; create it first"
+        )

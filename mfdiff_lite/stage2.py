@@ -1,0 +1,315 @@
+"""Stage 2, self-supervised learning of specific priors on a target that has no standard-dose image.
+
+    objective  needs            loss of f, the coarse estimate (LPET, MR) -> PET
+    "split"    count halves     |f(y + m n) - (y - n / m)|^2, n and -n             Pang et al. 2021
+    "sure"     the LPET         |f(y) - y|^2 + 2 n' (f(y + e n) - f(y)) / e        SURE, Ramani et al. 2008
+    "paired"   the SPET         the loss of stage 1                                the oracle, for comparison
+
+y is the LPET, the mean of a and b, images of two halves of its counts; n = (a - b) / 2 is noise like the LPET's own.
+With m = 1 "split" is Noise2Noise (Lehtinen et al. 2018): f(a) against b, whose noise is independent, so that b teaches
+what the SPET would. But f(a) is a restoration of half the dose. A smaller m mixes the halves: the input comes near the
+LPET (f is told its dose), the target gets noisier, and the two stay uncorrelated. Without halves "sure" borrows n from
+the differences between slices (`noise_like`). That stage 2 is self-supervised on the target's own LPET and MR is our
+interpretation of the paper.
+
+Trained are `specific_parameters` alone, on batches of which a share is stage 1's simulated data, against forgetting.
+Every fifth slice of the target is held out; the weights with the lowest loss *there* are kept, the parent's included,
+so no ground truth decides when to stop.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from .cohort import SliceDataset, make_cohort
+from .config import Adaptation, load_profile
+from .diffusion import NoiseSchedule
+from .loop import Plan, TrainingState, accelerator_on, refuse_to_mix, training_loop
+from .model import MFdiff, residual_sd
+from .scan import Scan
+from .view import ModelView
+
+WEIGHTS = "stage2.safetensors"
+MIX = 0.5  # share of the halves' difference in the input of "split": 1 takes the halves themselves
+PROBE = 0.05  # step e of the divergence, in SDs of the noise
+HELD_OUT = 5  # every so many slices one is held out
+BORROWED = 4  # slices between a slice and the one whose noise `noise_like` lends it
+FROM_SLICES = "noise independent from slice to slice, anatomy alike in neighbouring slices"
+
+
+def train_stage2(
+    model: MFdiff,
+    target: Scan | Sequence[Scan],
+    objective: str = "auto",
+    *,
+    settings: Adaptation | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+) -> Iterator[TrainingState]:
+    """Adapt a model to a target: one scan, or several of one scanner. Yields a `TrainingState` after each step
+    (`loop.training_loop`), and ends when the held-out loss has not fallen for `patience` validations; the last state's
+    model is the adapted one.
+
+    objective: "split", "sure" or "paired"; "auto" takes that of `settings`, or what the scans allow
+    (`chosen_objective`). out: folder for the checkpoint and the final
+    weights; None keeps nothing. resume: go on from the checkpoint in `out` if there is one. The given model is not
+    changed. Raises ValueError if a scan lacks what the objective needs, or if `objective` contradicts `settings`;
+    FileExistsError if `out` holds a run and `resume` is off.
+    """
+    scans = [target] if isinstance(target, Scan) else list(target)
+    data = TargetSlices(scans, _settings(objective, settings), model.context)
+    settings = data.settings
+    folder = refuse_to_mix(out, resume)
+    accelerator = accelerator_on(device)
+    if settings.rehearsal:
+        data.rehearse(workers)
+    student = copy.deepcopy(model)
+    trained = specific_parameters(student) if settings.trained == "specific" else list(student.parameters())
+    plan = Plan(
+        trained=trained,
+        steps=settings.steps,
+        learning_rate=lambda _: settings.learning_rate,
+        ema=settings.ema,
+        check_every=settings.validate_every,
+        save_every=settings.validate_every,
+        weights=WEIGHTS,
+        curve="held_out_loss",
+        made_with=dataclasses.asdict(settings)
+        | {
+            "parent": model.fingerprint,
+            "target": [f"{scan.name}, total {scan.lpet.sum():.6g}" for scan in scans],
+            "cohort": data.cohort,
+        },
+        card=_card(model, settings, scans, data.assumed),
+        patience=settings.patience,
+    )
+    yield from training_loop(student, data, plan, accelerator, folder, resume)
+
+
+def adapt(model: MFdiff, target: Scan | Sequence[Scan], objective: str = "auto", **options: Any) -> MFdiff:
+    """`train_stage2` to its end; returns the adapted model."""
+    for state in train_stage2(model, target, objective, **options):
+        adapted = state.model
+    return adapted
+
+
+def specific_parameters(model: MFdiff) -> list[nn.Parameter]:
+    """What stage 2 trains, about a tenth of the weights: norms and FiLM everywhere, and in the fusion module the
+    embedding of the dose, attention and head. All else of `model` is frozen."""
+    model.requires_grad_(False)
+    small = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    small += [m for name, m in model.named_modules() if name.endswith(".film")]
+    small += [m for name, m in model.fusion.named_modules() if name.endswith(("query", "key_value", "refine"))]
+    small += [model.fusion.embed, model.fusion.head]
+    for module in small:
+        module.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+class TargetSlices:
+    """The objective of stage 2: the target's slices as the model sees them (`ModelView`), and the loss on them.
+
+    Each scan becomes tensors (Z, H, W): "lpet", "mr", "weight", and by objective "noise" or "spet".
+    assumed: what was assumed about the noise, None if it was measured. cohort: key of the rehearsed patients.
+    """
+
+    def __init__(self, scans: Sequence[Scan], settings: Adaptation, context: int):
+        objective = chosen_objective(settings.objective, scans)
+        self.settings, self.context = dataclasses.replace(settings, objective=objective), context
+        self.assumed: str | None = None
+        self.cohort: str | None = None
+        self.simulated: SliceDataset | None = None
+        self.scans = [self._prepared(scan) for scan in scans]
+        if not self.scans:
+            raise ValueError("stage 2: expected at least one scan to adapt to, found none")
+
+    def _prepared(self, scan: Scan) -> dict[str, Any]:
+        _require(scan, self.settings.objective)
+        view = ModelView(scan, self.context)
+        images = {"lpet": view.lpet, "mr": view.mr, "weight": np.where(view.mask, 1.0, 0.2)}
+        if self.settings.objective == "paired":
+            images["spet"] = view.activity(scan.spet)
+        elif scan.halves is not None:
+            a, b = (view.activity(half) for half in scan.halves)
+            images["noise"] = (a - b) / 2
+        else:
+            images["noise"], self.assumed = noise_like(view.lpet), FROM_SLICES
+        z = view.shape[2]
+        if z < HELD_OUT:
+            raise ValueError(
+                f"{scan.name}: expected at least {HELD_OUT} slices to adapt to, one of them held out, found {z}"
+            )
+        held = np.arange(z) % HELD_OUT == 2
+        tensors = {name: torch.from_numpy(view.stack(image)) for name, image in images.items()}
+        return tensors | {"view": view, "held": np.flatnonzero(held), "learned": np.flatnonzero(~held)}
+
+    def rehearse(self, workers: int | None = None) -> None:
+        """Mix in a few of stage 1's simulated patients."""
+        profile = load_profile("cpu", patients=self.settings.rehearsal_patients, context=self.context)
+        cohort = make_cohort(profile, "train", workers)
+        self.cohort = cohort.key
+        self.simulated = SliceDataset(cohort, dataclasses.replace(profile, seed=self.settings.seed))
+
+    # --- what the loop asks for --------------------------------------------------------------------------------------
+
+    def parts(self, step: int, process: int = 0, processes: int = 1) -> list[dict[str, Tensor]]:
+        """The target's batch of a step, and the simulated slices that are rehearsed with it."""
+        parts, seed = [self._complete(self.batch(step), [step, 0])], self.settings.seed
+        if self.simulated is not None:
+            batch = self.simulated.batch(step, max(1, round(self.settings.rehearsal * self.settings.batch)))
+            parts.append(batch | drawn(batch["spet"], [seed, step, 1]))
+        return parts
+
+    def loss(self, model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"target": the objective}, or {"rehearsal": the loss of stage 1} of simulated slices."""
+        inner = getattr(model, "module", model)  # of several processes, alike in all
+        if self.settings.objective != "paired" and "t" in part:
+            return {"rehearsal": _supervised(inner, part)}
+        return {"target": self.objective(inner, part)}
+
+    def check(self, model: nn.Module) -> dict[str, float]:
+        """The loss on the held-out slices."""
+        return {"loss": self.held_out_loss(model)}
+
+    # --- batches and losses ------------------------------------------------------------------------------------------
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Batch number `step`, always the same: random learned slices of one scan, half of the batches mirrored, the
+        noise of half of the slices negated: either half of the counts may teach the other. The noise of "sure" is moved
+        a little each time: one and the same probe could be fitted."""
+        rng = np.random.default_rng([self.settings.seed, step, 41])
+        scan = self.scans[rng.integers(len(self.scans))]
+        batch = self._slices(scan, rng.choice(scan["learned"], self.settings.batch))
+        if self.settings.objective == "sure":
+            batch["noise"] = batch["noise"].roll(rng.integers(-3, 4, 2).tolist(), (-2, -1))
+        if "noise" in batch:
+            sign = np.float32(rng.choice((-1, 1), self.settings.batch))
+            batch["noise"] = batch["noise"] * torch.from_numpy(sign)[:, None, None, None]
+        if rng.random() < 0.5:
+            batch = {key: value.flip(-2) if value.ndim == 4 else value for key, value in batch.items()}
+        return batch
+
+    def _slices(self, scan: dict[str, Any], chosen: np.ndarray) -> dict[str, Tensor]:
+        """The chosen slices: "lpet", "mr" and "noise" with their neighbours, (B, context, H, W), "weight" and "spet"
+        alone, (B, 1, H, W), and the dose (B,)."""
+        near = scan["view"].near(chosen)
+        batch = {name: scan[name][near] for name in ("lpet", "mr", "noise") if name in scan}
+        batch |= {name: scan[name][chosen][:, None] for name in ("weight", "spet") if name in scan}
+        return batch | {"dose": torch.full((len(chosen),), float(scan["view"].scan.dose_reduction))}
+
+    def _complete(self, batch: dict[str, Tensor], seed: list[int]) -> dict[str, Tensor]:
+        """With the times and the noise that the loss of stage 1 needs, if it is the objective."""
+        return batch | drawn(batch["spet"], [self.settings.seed, *seed]) if "spet" in batch else batch
+
+    def objective(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The objective on one batch, a mean over voxels in units of the expected residual."""
+        if self.settings.objective == "paired":
+            return _supervised(model, batch)
+        dose, mr, noise = batch["dose"], batch["mr"], batch["noise"]
+        y, n = (x[:, self.context // 2, None] for x in (batch["lpet"], noise))  # (B, 1, H, W)
+        weight = batch["weight"] / batch["weight"].mean() / residual_sd(dose) ** 2
+
+        def f(pet: Tensor, dose: Tensor) -> Tensor:
+            return model.fusion(pet, mr, dose).coarse
+
+        if self.settings.objective == "split":  # y + MIX n has the variance of y times 1 + MIX^2
+            return (weight * (f(batch["lpet"] + MIX * noise, (1 + MIX**2) * dose) - (y - n / MIX)) ** 2).mean()
+        plain, probed = f(batch["lpet"], dose), f(batch["lpet"] + PROBE * noise, dose)
+        return (weight * ((plain - y) ** 2 + 2 * n * (probed - plain) / PROBE)).mean()
+
+    @torch.no_grad()
+    def held_out_loss(self, model: nn.Module) -> float:
+        """Mean loss over the held-out slices of all scans, and both signs of the noise; each call sees the same."""
+        device, losses = next(model.parameters()).device, []
+        for scan in self.scans:
+            for first in range(0, len(scan["held"]), self.settings.batch):
+                some = scan["held"][first : first + self.settings.batch]
+                batch = self._complete(self._slices(scan, some), [first, 2])
+                batch = {key: value.to(device) for key, value in batch.items()}
+                unpaired = self.settings.objective != "paired"
+                both = [batch, batch | {"noise": -batch["noise"]}] if unpaired else [batch]
+                losses += [self.objective(model, one).item() for one in both for _ in some]
+        return float(np.mean(losses))
+
+
+def drawn(images: Tensor, seed: list[int]) -> dict[str, Tensor]:
+    """Times "t" (B,) and "noise" like `images` (B, 1, H, W), for the loss of stage 1."""
+    rng = np.random.default_rng(seed)
+    t = torch.from_numpy(rng.integers(0, NoiseSchedule().length, len(images)))
+    return {"t": t, "noise": torch.from_numpy(rng.standard_normal(tuple(images.shape), dtype=np.float32))}
+
+
+def _supervised(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    losses = model(batch, batch["t"], batch["noise"])
+    return torch.stack(list(losses.values())).sum()
+
+
+def noise_like(lpet: np.ndarray) -> np.ndarray:
+    """A noise image with about the covariance of the noise in an LPET (X, Y, Z), for want of count halves.
+
+    The difference between a slice and the mean of its neighbours, scaled to the noise of one slice, and lent to the
+    slice `BORROWED` further on, whose own noise it does not know. Assumes `FROM_SLICES`.
+    """
+    difference = (lpet - (np.roll(lpet, 1, -1) + np.roll(lpet, -1, -1)) / 2) / np.sqrt(1.5)
+    difference[..., [0, -1]] = difference[..., [1, -2]]
+    local = np.sqrt(ndimage.gaussian_filter(lpet, (3, 3, 1)).clip(min=1e-3))  # counting noise grows as sqrt(activity)
+    order = np.arange(lpet.shape[-1])
+    lent = np.where(order + BORROWED < len(order), order + BORROWED, order - BORROWED)
+    return (difference / local)[..., lent] * local
+
+
+def chosen_objective(objective: str, scans: Sequence[Scan]) -> str:
+    """What "auto" stands for: "split" if all scans have count halves, else "sure"; a name stands for itself."""
+    if objective != "auto":
+        return objective
+    return "split" if all(scan.halves is not None for scan in scans) else "sure"
+
+
+def _settings(objective: str, settings: Adaptation | None) -> Adaptation:
+    """With the one objective of a run: the argument's, or that of the settings; never one of them in silence."""
+    settings = settings or Adaptation()
+    if "auto" not in (objective, settings.objective) and objective != settings.objective:
+        raise ValueError(
+            f"objective: expected one, found {objective!r} beside settings with {settings.objective!r}; give it in one "
+            "place"
+        )
+    return settings if objective == "auto" else dataclasses.replace(settings, objective=objective)
+
+
+def _require(scan: Scan, objective: str) -> None:
+    """Refuse a scan that lacks what the objective needs."""
+    if objective == "split" and scan.halves is None:
+        raise ValueError(
+            f"{scan.name}: expected count halves for the objective 'split', found none; reconstruct two halves of the "
+            "list-mode counts (Scanner.scan(..., halves=True) in simulation), or use the objective 'sure'"
+        )
+    if objective == "sure" and scan.halves is None and scan.lpet.shape[2] < 2 * BORROWED:
+        raise ValueError(
+            f"{scan.name}: expected count halves or at least {2 * BORROWED} slices for the objective 'sure', found "
+            f"{scan.lpet.shape[2]} slices and no halves; its noise cannot be estimated"
+        )
+    if objective == "paired" and scan.spet is None:
+        raise ValueError(
+            f"{scan.name}: expected the SPET for the objective 'paired', found none; use 'split' or 'sure'"
+        )
+
+
+def _card(parent: MFdiff, settings: Adaptation, scans: list[Scan], assumed: str | None) -> dict[str, Any]:
+    return {
+        "what": "MFdiff stage 2, moving average of the weights at the lowest held-out loss",
+        "parent": {"fingerprint": parent.fingerprint, "revision": parent.card.get("revision")},
+        "adaptation": dataclasses.asdict(settings),
+        "target": [scan.name for scan in scans],
+        "assumed_about_noise": assumed,
+    }

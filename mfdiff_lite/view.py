@@ -1,0 +1,219 @@
+"""The scan as the model sees it: one grid, one activity scale, one MR scale, slices with their neighbours; and back.
+
+    Scan --ModelView--> lpet, mr (x, y, z), RAS+, 2 mm, scaled --slices(z)--> (B, context, H, W)
+    Scan <----back----- restored (x, y, z)                     <---cut(...)-- (..., H, W)
+
+Restoring, stage 2, the simulated cohort and the MR-guided baselines all prepare their images here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import nibabel as nib
+import numpy as np
+from nibabel.processing import resample_from_to
+from scipy import ndimage
+
+from .config import FWHM_TO_SD, SIDE
+from .scan import Scan
+
+WORKING_VOXEL = 2.0  # mm
+SMOOTH_MM = 7.0  # Gaussian FWHM of the low-dose image before anything is read off it
+FIDELITY_SD = 1.5  # voxels of 2 mm; also what lies outside the box is smoothed with it
+
+
+def sd_voxels(shape: tuple[int, ...], fwhm: float, voxel_size: tuple[float, ...]) -> list[float]:
+    """FWHM [mm] -> SD in voxels along each axis; no filter along an axis of one slice."""
+    return [0 if n == 1 else fwhm * FWHM_TO_SD / v for n, v in zip(shape, voxel_size, strict=True)]
+
+
+def neighbours(z: np.ndarray | int, context: int, first: int, last: int) -> np.ndarray:
+    """The slices (..., context) that the model sees round slice z: beyond `first` and `last` the end slice repeats, in
+    restoring and in training."""
+    return np.clip(np.asarray(z)[..., None] + np.arange(context) - context // 2, first, last)
+
+
+class ActivityScale:
+    """The intensity scale of the model, from the LPET alone: its mean inside the brain becomes 1.
+
+    Never from the SPET (not there at test time), never from a maximum (grows with the noise).
+    mask: (X, Y, Z) bool, a rough brain; value: kBq/mL (or the unit of the scan).
+    """
+
+    def __init__(self, lpet: np.ndarray, voxel_size: tuple[float, ...]):
+        sigma = [SMOOTH_MM * FWHM_TO_SD / v for v in voxel_size]
+        self.smooth = ndimage.gaussian_filter(lpet, sigma, mode="nearest")
+        self.mask = self.smooth > 0.4 * np.percentile(self.smooth[self.smooth > 0.1 * self.smooth.max()], 95)
+        self.value = float(lpet[self.mask].mean())
+
+    def apply(self, activity: np.ndarray) -> np.ndarray:
+        """Activity -> scaled activity."""
+        return activity / self.value
+
+    def invert(self, scaled: np.ndarray) -> np.ndarray:
+        """Scaled activity -> activity, not below 0."""
+        return np.clip(scaled, 0, None) * self.value
+
+
+def scale_mr(mr: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """MR -> zero mean, unit SD inside `brain`, clipped to [-3, 4]; 0 where there is no signal, so that no MR at all is
+    all zeros."""
+    inside = mr[brain]
+    spread = float(inside.std())
+    if spread <= 1e-6 * max(float(np.abs(mr).max()), 1e-12):
+        return np.zeros_like(mr)
+    return np.where(mr != 0, np.clip((mr - inside.mean()) / spread, -3, 4), 0).astype(np.float32)
+
+
+def brain_mask(scan: Scan) -> np.ndarray:
+    """The scan's own mask, or a rough one from its LPET (never from the SPET or the result)."""
+    return scan.mask if scan.mask is not None else ActivityScale(scan.lpet, scan.voxel_size).mask
+
+
+class WorkingGrid:
+    """The grid the model works on: RAS+, 2 mm, cut to a box round the head whose sides X and Y are multiples of 16.
+
+    to(volume): (X, Y, Z) of the scan -> (x, y, z) of the box. back(volume, outside): the way back, `outside` (scan
+    grid) beyond the box and on its rim of air, where a convolution sees the edge. Reorientation is lossless;
+    interpolation (cubic, after a low-pass when the voxels grow) happens only if voxels differ from 2 mm.
+    """
+
+    RIM = 2  # voxels of air at each side of the box in X and Y
+
+    def __init__(self, scan: Scan):
+        self.scan = scan
+        canonical = self._canonical(scan.lpet)
+        zooms = np.array(canonical.header.get_zooms()[:3])
+        flat = canonical.shape[2] == 1
+        wanted = np.array([WORKING_VOXEL, WORKING_VOXEL, zooms[2] if flat else WORKING_VOXEL])
+        self.resampled = bool(np.any(np.abs(zooms / wanted - 1) > 0.02))
+        self.shape, self.affine = canonical.shape, canonical.affine
+        if self.resampled:
+            counts = np.maximum(np.round(np.array(canonical.shape) * zooms / wanted).astype(int), 1)
+            self.shape = tuple(int(n) for n in counts)
+            self.affine = nib.affines.rescale_affine(canonical.affine, canonical.shape, wanted, self.shape)
+        self.voxel_size = tuple(float(v) for v in wanted)
+        self._low_pass = np.sqrt(np.maximum(wanted**2 - zooms**2, 0)) * FWHM_TO_SD / zooms  # voxels of the scan
+        self.box: tuple[slice, ...] = (slice(None),) * 3
+        self.pad: tuple[tuple[int, int], ...] = ((0, 0),) * 3
+        self._fit_box(ActivityScale(self.to(scan.lpet), self.voxel_size).smooth)
+
+    def _canonical(self, volume: np.ndarray) -> nib.Nifti1Image:
+        return nib.as_closest_canonical(nib.Nifti1Image(np.asarray(volume, np.float32), self.scan.affine))
+
+    def _fit_box(self, smooth: np.ndarray) -> None:
+        head = smooth > 0.08 * np.percentile(smooth, 99.5)
+        spans, pads = [], []
+        for axis, size in enumerate(self.shape[:2]):
+            where = np.flatnonzero(head.any(axis=(1 - axis, 2)))
+            want = int(np.ceil((where[-1] - where[0] + 1 + 2 * self.RIM) / 16) * 16)
+            start = (where[0] + where[-1] + 1 - want) // 2
+            spans.append(slice(max(start, 0), min(start + want, size)))
+            pads.append((max(-start, 0), max(start + want - size, 0)))
+        self.box, self.pad = (*spans, slice(None)), (*pads, (0, 0))
+
+    def to(self, volume: np.ndarray) -> np.ndarray:
+        """(X, Y, Z) of the scan -> (x, y, z) of the box."""
+        image = self._canonical(volume)
+        if self.resampled:
+            smooth = ndimage.gaussian_filter(image.get_fdata(dtype=np.float32), self._low_pass, mode="nearest")
+            image = resample_from_to(
+                nib.Nifti1Image(smooth, image.affine), (self.shape, self.affine), order=3, mode="nearest"
+            )
+        data = np.asarray(image.dataobj, np.float32)[self.box]
+        return np.pad(data.clip(min=min(0.0, float(np.min(volume)))), self.pad)
+
+    def back(self, volume: np.ndarray, outside: np.ndarray) -> np.ndarray:
+        """(x, y, z) of the box -> (X, Y, Z) of the scan, `outside` beyond it."""
+        unpad = tuple(slice(low, size - high) for (low, high), size in zip(self.pad, volume.shape, strict=True))
+        kept = np.zeros(volume.shape, bool)
+        kept[self.RIM : -self.RIM, self.RIM : -self.RIM] = True
+        if not self.resampled:
+            full = np.asarray(self._canonical(outside).dataobj, np.float32).copy()
+            full[self.box] = np.where(kept[unpad], volume[unpad], full[self.box])
+            return self._reoriented(full)
+        inside, weight = np.zeros(self.shape, np.float32), np.zeros(self.shape, np.float32)
+        inside[self.box], weight[self.box] = volume[unpad], kept[unpad]
+        target = (self.scan.lpet.shape, self.scan.affine)
+        inside, weight = (
+            np.asarray(resample_from_to(nib.Nifti1Image(v, self.affine), target, order=order, mode="nearest").dataobj)
+            for v, order in ((inside, 3), (weight, 0))
+        )
+        return np.where(weight > 0, inside.clip(min=0), outside).astype(np.float32)
+
+    def _reoriented(self, canonical: np.ndarray) -> np.ndarray:
+        """Undo `as_closest_canonical`."""
+        theirs = nib.io_orientation(self.scan.affine)
+        turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), theirs)
+        return np.ascontiguousarray(nib.apply_orientation(canonical, turn))
+
+
+class ModelView:
+    """A scan as a model of `context` neighbouring slices sees it.
+
+    grid: of another scan on the same voxels, to keep its box; by default the scan's own. lpet, mr: (x, y, z) float32 on
+    the box of the working grid, scaled; mr is all zeros without one. mask: (x, y, z), a rough brain. Raises ValueError
+    for a scan whose dose reduction is not known.
+    """
+
+    def __init__(self, scan: Scan, context: int, grid: WorkingGrid | None = None):
+        if math.isnan(scan.dose_reduction):
+            raise ValueError(f"{scan.name}: expected its dose-reduction factor, found it unknown; give dose_reduction")
+        self.scan, self.context = scan, context
+        self.grid = grid or WorkingGrid(scan)
+        raw = self.grid.to(scan.lpet)
+        self.scale = ActivityScale(raw, self.grid.voxel_size)
+        self.lpet = self.scale.apply(raw)
+        self.mr = np.zeros_like(raw) if scan.mr is None else scale_mr(self.grid.to(scan.mr), self.scale.mask)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(x, y, z) of the box."""
+        return self.lpet.shape
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(x, y, z) bool, a rough brain."""
+        return self.scale.mask
+
+    def activity(self, image: np.ndarray) -> np.ndarray:
+        """Another activity image of the scan (a half, the SPET) on the box, in the LPET's scale."""
+        return self.scale.apply(self.grid.to(image))
+
+    def stack(self, volume: np.ndarray) -> np.ndarray:
+        """(x, y, z) -> slices (Z, H, W) float32, their sides padded with air to multiples of SIDE."""
+        x, y = volume.shape[:2]
+        return np.pad(np.moveaxis(volume, -1, 0), ((0, 0), (0, -x % SIDE), (0, -y % SIDE))).astype(np.float32)
+
+    def near(self, z: np.ndarray | int) -> np.ndarray:
+        """The slices (..., context) round slices z, see `neighbours`."""
+        return neighbours(z, self.context, 0, self.shape[2] - 1)
+
+    def slices(self, z: np.ndarray) -> dict[str, np.ndarray]:
+        """What the model gets of slices z (B,): "lpet" and "mr" (B, context, H, W), "dose" (B,); all float32."""
+        near = self.near(z)
+        images = {"lpet": self._stacked[0][near], "mr": self._stacked[1][near]}
+        return images | {"dose": np.full(len(near), self.scan.dose_reduction, np.float32)}
+
+    @cached_property
+    def _stacked(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.stack(self.lpet), self.stack(self.mr)
+
+    def cut(self, slices: np.ndarray) -> np.ndarray:
+        """(..., H, W) -> (..., x, y): without the padding of `stack`."""
+        return slices[..., : self.shape[0], : self.shape[1]]
+
+    def restored(self, volume: np.ndarray) -> np.ndarray:
+        """Scaled activity (x, y, z) -> the scan's grid, unit, kind and shape; beyond the box the smoothed LPET."""
+        return self.scan.like_input(self.grid.back(self.scale.invert(volume), self._outside))
+
+    @cached_property
+    def _outside(self) -> np.ndarray:
+        sd = [FIDELITY_SD * WORKING_VOXEL / v for v in self.scan.voxel_size]
+        return ndimage.gaussian_filter(self.scan.lpet, sd)
+
+    def back(self, volume: np.ndarray) -> np.ndarray:
+        """(x, y, z) of any other unit -> the scan's grid, kind and shape; 0 beyond the box."""
+        return self.scan.like_input(self.grid.back(volume, np.zeros_like(self.scan.lpet)))
