@@ -628,7 +628,7 @@ def test_help_names_every_option_with_its_meaning():
         text = " ".join(run(name, "--help").stdout.split())
         for parameter in inspect.signature(function).parameters:
             option = {"json_out": "--json", "settings": "[settings]"}.get(parameter, "--" + parameter.replace("_", "-"))
-            assert option in text, (name, option)
+            assert option in text.lower(), (name, option)  # some typers shout the names of arguments
         for words in units[name]:
             assert words in text, (name, words)
         assert name in overview

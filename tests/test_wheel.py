@@ -80,7 +80,7 @@ def installed(wheel, tmp_path_factory):
     repository. Its Python, its scripts, its site-packages."""
     folder = tmp_path_factory.mktemp("foreign")
     repository(folder)
-    venv.create(folder / "venv", symlinks=os.name != "nt")
+    venv.create(folder / "venv", symlinks=os.name != "nt", with_pip=True)
     scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
     python = scripts / ("python.exe" if os.name == "nt" else "python")
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -88,7 +88,7 @@ def installed(wheel, tmp_path_factory):
     borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
     options = ["--no-deps", "--no-index", "--no-compile", "--ignore-installed", "--quiet"]
-    outside([sys.executable, "-m", "pip", "--python", python, "install", *options, wheel], folder)
+    outside([python, "-m", "pip", "install", *options, wheel], folder)
     return python, scripts, site
 
 
