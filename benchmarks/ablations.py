@@ -348,6 +348,17 @@ def doses_block(doses: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _kind(headline: bool, continued: bool, seed: int, profile: str) -> str:
+    """Which of the three comparisons is asked for; refuse what does not go together."""
+    if headline and continued:
+        raise typer.BadParameter("expected --headline or --continued, found both")
+    if seed and not headline:
+        raise typer.BadParameter("expected --headline with another seed: everything else is of one seed")
+    if continued and profile != "cpu":
+        raise typer.BadParameter("expected profile cpu with --continued: the shipped weights are of that size")
+    return "headline" if headline else "continued" if continued else "variants"
+
+
 def main(
     variants: Annotated[list[str] | None, typer.Argument(help="names; default: all of them")] = None,
     headline: Annotated[bool, typer.Option("--headline", help=f"only {', '.join(HEADLINE)}; longer")] = False,
@@ -358,13 +369,7 @@ def main(
     patients: Annotated[int, typer.Option(help="test patients")] = 6,
 ) -> None:
     """Train the variants at one budget and compare them on test patients."""
-    if headline and continued:
-        raise typer.BadParameter("expected --headline or --continued, found both")
-    if seed and not headline:
-        raise typer.BadParameter("expected --headline with another seed: everything else is of one seed")
-    if continued and profile != "cpu":
-        raise typer.BadParameter("expected profile cpu with --continued: the shipped weights are of that size")
-    key = "headline" if headline else "continued" if continued else "variants"
+    key = _kind(headline, continued, seed, profile)
     known = {"headline": HEADLINE, "continued": CONTINUED, "variants": VARIANTS}[key]
     unknown = [name for name in variants or [] if name not in known]
     if unknown:

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -54,15 +54,16 @@ Mr = Annotated[
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn what can go wrong into one sentence and an exit status, and warnings into sentences."""
+    """Turn what can go wrong into one sentence and an exit status, and warnings, if it went well, into sentences."""
 
     @functools.wraps(function)
     def run(*args: object, **kwargs: object) -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("default")
-                warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
                 function(*args, **kwargs)
+            for message in dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning):
+                _say(f"warning: {message}")
         except typer.Exit:
             raise
         except (ValueError, OSError, ImportError) as error:
@@ -169,7 +170,7 @@ def _pairs(settings: list[str] | None, command: str) -> dict[str, str]:
 
 
 def _followed(
-    states: Iterator[TrainingState], title: str, words: Callable[[TrainingState], str], again: str
+    states: Generator[TrainingState, None, None], title: str, words: Callable[[TrainingState], str], again: str
 ) -> Iterator[TrainingState]:
     """The states of a training, with a progress bar; Ctrl-C ends in the sentence `again`."""
     from tqdm import tqdm
@@ -226,7 +227,9 @@ def restore(
     _ready([out, std, report], [lpet, mr, weights], force)
     scan = load_scan(lpet, mr, dose_reduction=_known_dose(dose_reduction))
     model = _model(weights, device)
-    chosen = {key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None}
+    chosen: dict[str, Any] = {
+        key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None
+    }
     progress = functools.partial(tqdm, desc="restoring", unit="slice", disable=None)
     began = time.monotonic()
     restored = model.restore(scan, samples, seed=seed, progress=progress, **chosen)
@@ -264,7 +267,7 @@ def simulate(
         str, typer.Option(help="an anatomy that `info` lists: embedded, or of BrainWeb once fetched")
     ] = "icbm152",
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
-    dose_reduction: Annotated[float, typer.Option(help="standard-dose counts / counts of the LPET, at least 1")] = 20.0,
+    dose_reduction: Annotated[float, typer.Option(help="dose-reduction factor, at least 1")] = 20.0,
     shift: Annotated[
         str | None, typer.Option(help="OOD emulation that `info` lists, e.g. edge-scanner; + joins two")
     ] = None,
@@ -438,8 +441,7 @@ def adapt(
     if objective not in ("auto", chosen.objective):
         raise ValueError(f"objective: expected one, found --objective {objective} and objective={chosen.objective}")
     _ready([out, out.with_suffix(".json")], [lpet, mr, half_a, half_b, spet, weights], force)
-    halves = None if half_a is None or half_b is None else (half_a, half_b)
-    scan = load_scan(lpet, mr, spet, _known_dose(dose_reduction), half_paths=halves)
+    scan = load_scan(lpet, mr, spet, _known_dose(dose_reduction), half_paths=(half_a, half_b))
     parent, run = _model(weights, device), out.with_suffix(".run")
     states = train_stage2(parent, scan, settings=chosen, out=run, resume=resume, device=device)
     for state in _followed(states, "stage 2", _gain, f"the same command and --resume ({run} holds it)"):

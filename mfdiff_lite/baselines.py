@@ -17,7 +17,7 @@ from skimage.restoration import denoise_nl_means
 from .metrics import psnr
 from .scan import Scan
 from .scanner import Kernel, Scanner
-from .view import ActivityScale, scale_mr, sd_voxels
+from .view import ActivityScale, brain_mask, scale_mr, sd_voxels
 
 
 def gaussian(scan: Scan, fwhm: float = 4.5) -> np.ndarray:
@@ -87,6 +87,10 @@ def mr_kernel(scan: Scan, fwhm: float, contrast: float) -> Kernel:
 def tune(method: Callable[..., np.ndarray], scans: Iterable[Scan], **grid: Iterable[float]) -> dict[str, Any]:
     """The settings out of `grid` (name -> values to try) with the highest mean PSNR against the SPET over the scans."""
     scans = list(scans)
+    lacking = [scan.name for scan in scans if scan.spet is None]
+    if lacking or not scans:
+        raise ValueError(f"tune: expected scans with their SPET, found none of {lacking[0] if lacking else 'any'}")
     trials = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    scores = [np.mean([psnr(method(s, **trial), s.spet, s.mask) for s in scans]) for trial in trials]
+    judged = [(scan, scan.spet, brain_mask(scan)) for scan in scans if scan.spet is not None]
+    scores = [np.mean([psnr(method(s, **trial), spet, mask) for s, spet, mask in judged]) for trial in trials]
     return trials[int(np.argmax(scores))]

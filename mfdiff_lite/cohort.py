@@ -100,7 +100,8 @@ def make_cohort(profile: Profile, part: str = "train", workers: int | None = Non
         new = jobs[len(known[0]) if known else 0 :]
         _make([job for job in new if not job.path.exists()], part, workers)
         arrays = _stored(folder, count) or _together(folder, count, known, new)
-    return Cohort(*(array[:count] for array in arrays), key=key)
+    lpet, mr, spet, weight, dose = (array[:count] for array in arrays)
+    return Cohort(lpet, mr, spet, weight, dose, key)
 
 
 class Job(NamedTuple):
@@ -108,7 +109,7 @@ class Job(NamedTuple):
 
     path: Path
     anatomy: str
-    index: int
+    number: int
     settings: dict[str, Any]
 
 
@@ -215,7 +216,7 @@ def _images(path: Path) -> dict[str, np.ndarray]:
 
 def _make_patient(job: Job) -> None:
     settings = job.settings
-    rng = np.random.default_rng([settings["seed"], job.index, settings["part"] == "train"])
+    rng = np.random.default_rng([settings["seed"], job.number, settings["part"] == "train"])
     seed = int(rng.integers(2**31))
     patient = virtual_patient(embedded_anatomy(job.anatomy), seed, slices=settings["slab"])
     scanner = random_scanner(rng)

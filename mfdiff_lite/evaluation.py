@@ -81,7 +81,7 @@ def written(key: str, value: float) -> str:
 def score(x: np.ndarray, reference: np.ndarray, mask: np.ndarray, scan: Scan | None = None) -> dict[str, float]:
     """All metrics of one image against one reference; lesion metrics if the scan knows its lesions."""
     row = {name: getattr(metrics, name)(x, reference, mask) for name in ("psnr", "ssim", "nrmse", "activity_bias")}
-    if scan is not None and scan.lesion_table and scan.tissues is not None:
+    if scan is not None and scan.lesion_table and scan.lesions is not None and scan.tissues is not None:
         known = (x, reference, scan.lesions, scan.lesion_table, scan.tissues > 0)
         row["contrast_kept"] = metrics.contrast_kept(*known, voxel_size=scan.voxel_size)
         row["mr_leak"] = metrics.mr_leak(*known, voxel_size=scan.voxel_size)
@@ -110,7 +110,7 @@ class Judge:
             raise ValueError(f"{self.scan.name}: expected a brain mask, found no voxel in it; check mask and LPET")
 
     @property
-    def reference(self) -> np.ndarray | None:
+    def reference(self) -> Any:
         """(X, Y, Z), what images are compared with."""
         return getattr(self.scan, REFERENCES[self.against])
 
@@ -148,7 +148,7 @@ def named_images(restored: Any) -> dict[str, Any]:
         return restored
     if not hasattr(restored, "coarse"):
         return {"restored": restored}
-    k = len(restored.samples)
+    k = restored.settings["n_samples"]
     images = {"coarse": restored.coarse, "one sample": restored.samples[0]}
     return images | ({f"mean of {k} samples": restored.mean} if k > 1 else {})
 

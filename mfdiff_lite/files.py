@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +28,7 @@ def load_scan(
     spet_path: str | Path | None = None,
     dose_reduction: float | None = None,
     mask_path: str | Path | None = None,
-    half_paths: tuple[str | Path, str | Path] | None = None,
+    half_paths: tuple[str | Path | None, str | Path | None] = (None, None),
 ) -> Scan:
     """Read a case from NIfTI files. The MR may lie on any grid: it is resampled to the PET by the affines; all else
     must lie on the PET's.
@@ -46,19 +47,20 @@ def load_scan(
     lpet = read_image(lpet_path)
     sources = {"lpet": lpet_path, "mr": mr_path, "spet": spet_path, "mask": mask_path}
     named = {key: str(path) for key, path in sources.items() if path is not None}
-    Scan(lpet.dataobj, affine=lpet.affine, sources=named)  # a bad PET is refused before its MR is blamed
+    image = np.asarray(lpet.dataobj, np.float32)
+    Scan(image, affine=lpet.affine, sources=named)  # a bad PET is refused before its MR is blamed
     mr = None if mr_path is None else on_grid_of(lpet, read_image(mr_path), lpet_path, mr_path)
     spet, mask = (
         None if path is None else _if_grid_of(lpet, read_image(path), lpet_path, path)
         for path in (spet_path, mask_path)
     )
-    halves = None if half_paths is None else [_if_grid_of(lpet, read_image(p), lpet_path, p) for p in half_paths]
+    a, b = (None if path is None else _if_grid_of(lpet, read_image(path), lpet_path, path) for path in half_paths)
     return Scan(
-        lpet=np.asarray(lpet.dataobj, np.float32),
+        lpet=image,
         mr=mr,
         spet=spet,
         mask=None if mask is None else mask > 0.5,
-        halves=halves,
+        halves=None if a is None or b is None else (a, b),
         affine=lpet.affine,
         dose_reduction=dose_reduction,
         unit="input unit",
@@ -82,7 +84,7 @@ def read_image(path: str | Path) -> nib.Nifti1Image:
         )
     try:
         with quiet_nibabel():
-            image = nib.load(path)
+            image: Any = nib.load(path)
         data = np.asanyarray(image.dataobj)
     except nib.filebasedimages.ImageFileError:
         raise OSError(

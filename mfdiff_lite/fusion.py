@@ -17,6 +17,7 @@ interpretation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ class GatedFusion(nn.Module):
         self.gate = nn.Conv2d(2 * channels + HEADS, channels, 3, padding=1)
         for weight in (self.key_value.weight[channels:], self.refine.weight):
             nn.init.kaiming_uniform_(weight, nonlinearity="linear")  # as strong as m, or it is not learned from
-        nn.init.zeros_(self.gate.bias)  # start half open
+        nn.init.zeros_(self.gate.get_parameter("bias"))  # start half open
 
     def forward(self, p: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pn, mn = F.instance_norm(p), F.instance_norm(m)
@@ -193,8 +194,8 @@ class Decoder(nn.Module):
 def zero_head(channels: int) -> nn.Conv2d:
     """Features -> the four pixels that `pixel_shuffle` interleaves; starts at zero: training starts at the Gaussian."""
     head = nn.Conv2d(channels, 4, 3, padding=1)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
     return head
 
 
@@ -220,4 +221,8 @@ def local_correlation(pn: Tensor, mn: Tensor, radius: int = 2) -> Tensor:
     return pooled(pn * mn) / (pooled(pn * pn) * pooled(mn * mn) + 1e-6).sqrt()
 
 
-FUSIONS = {"gated": MultiModalityFusion, "concat": PlainFusion, "pet": partial(PlainFusion, with_mr=False)}
+FUSIONS: dict[str, Callable[..., MultiModalityFusion | PlainFusion]] = {
+    "gated": MultiModalityFusion,
+    "concat": PlainFusion,
+    "pet": partial(PlainFusion, with_mr=False),
+}

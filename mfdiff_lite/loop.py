@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -99,7 +99,7 @@ class TrainingState:
 
 def training_loop(
     student: MFdiff, objective: Objective, plan: Plan, accelerator: Accelerator, out: Path | None, resume: bool
-) -> Iterator[TrainingState]:
+) -> Generator[TrainingState, None, None]:
     """Train `student`, yielding a `TrainingState` after each step; the caller logs, plots and stops.
 
     out: folder for checkpoints (every `save_every` steps, on Ctrl-C, when the caller stops, and at the end) and for the

@@ -149,8 +149,8 @@ def texture(x: np.ndarray, region: np.ndarray, voxels: float = 2.0) -> float:
 
 def mean_ci(values: np.ndarray | list[float], seed: int = 0, draws: int = 10_000) -> tuple[float, tuple[float, float]]:
     """Mean over subjects and its 95 % bootstrap interval (percentile, resampling subjects). NaN values are left out."""
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return float(values.mean()), (float(low), float(high))
+    known = np.asarray(values, float)
+    known = known[np.isfinite(known)]
+    picks = np.random.default_rng(seed).integers(0, len(known), (draws, len(known)))
+    low, high = np.percentile(known[picks].mean(1), [2.5, 97.5])
+    return float(known.mean()), (float(low), float(high))

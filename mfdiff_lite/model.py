@@ -103,6 +103,7 @@ class MFdiff(nn.Module):
         return losses
 
     def _denoise(self, xt: Tensor, t: Tensor, lpet: Tensor, feature: Tensor, dose: Tensor) -> Tensor:
+        assert self.denoiser is not None
         middle = lpet[:, lpet.shape[1] // 2, None]  # (B, 1, H, W)
         return self.denoiser(xt, t / self.schedule.length, middle, feature, dose)
 
@@ -226,7 +227,7 @@ def residual_sd(dose_reduction: Tensor) -> Tensor:
     return 0.2 * (dose_reduction[:, None, None, None] / 20) ** 0.25
 
 
-def paired_noise(n_samples: int, shape: tuple[int, int], seed: list[int]) -> Tensor:
+def paired_noise(n_samples: int, shape: tuple[int, ...], seed: list[int]) -> Tensor:
     """(K, H, W) normal noise in antithetic pairs, noise and -noise: their mean converges to the posterior mean much
     faster than K free draws."""
     half = np.random.default_rng(seed).standard_normal(((n_samples + 1) // 2, *shape), dtype=np.float32)

@@ -144,7 +144,7 @@ def virtual_patient(
         "white": _to_voxels(labels == WHITE),
         "csf": _to_voxels(labels == CSF),
     }
-    brain = sum(fractions.values())
+    brain = fractions["grey"] + fractions["white"] + fractions["csf"]
     fractions |= _envelope(brain, rng)
     mask = fractions["grey"] + fractions["white"] > 0.5
     tissues = _dominant(fractions, brain)

@@ -7,8 +7,7 @@ A `Scan` keeps the orientation that it came in; only `view.ModelView` turns it i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import nibabel as nib
@@ -27,93 +26,62 @@ class Given(NamedTuple):
     ndim: int
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False)
 class Scan:
     """One case: `Scan(lpet, mr, voxel_size=2.0, dose_reduction=20)` from NumPy or torch, a 2-D slice or a 3-D volume.
 
     lpet, mr, spet, activity: (X, Y, Z) float32; `mr=None` restores from PET alone. mask: brain, bool. tissues: uint8, 1
     grey, 2 white, 3 CSF. lesions: uint8, 0 or `Lesion.label`. affine: (4, 4) voxel -> mm; without one, RAS axes of
-    `voxel_size` [mm]. dose_reduction: SPET counts / LPET counts, NaN where it is not known. A 2-D slice becomes
-    (X, Y, 1); `like_input` gives results back in the shape and kind that came in (`given`). halves: two images
-    (X, Y, Z), each from its own half of the LPET's counts, or None: what self-supervised stage 2 learns from. sinogram:
-    the LPET's acquisition, where it is known. header: of the file that it came from. sources: image -> what messages
-    call it. Raises ValueError in one sentence for a wrong shape, NaN, infinite or negative activity, an empty image, an
-    absurd voxel size or dose.
+    `voxel_size` [mm], one number or three. dose_reduction: SPET counts / LPET counts, NaN where it is not known. A 2-D
+    slice becomes (X, Y, 1); `like_input` gives results back in the shape and kind that came in (`given`). halves: two
+    images (X, Y, Z), each from its own half of the LPET's counts, or None: what self-supervised stage 2 learns from.
+    sinogram: the LPET's acquisition, where it is known. header: of the file that it came from. sources: image -> what
+    messages call it. Raises ValueError in one sentence for a wrong shape, NaN, infinite or negative activity, an empty
+    image, an absurd voxel size or dose.
     """
 
     lpet: np.ndarray
-    mr: np.ndarray | None
-    spet: np.ndarray | None
-    activity: np.ndarray | None
-    mask: np.ndarray | None
-    tissues: np.ndarray | None
-    lesions: np.ndarray | None
-    lesion_table: tuple[Lesion, ...]
-    halves: tuple[np.ndarray, np.ndarray] | None
-    sinogram: Any
-    affine: np.ndarray
-    voxel_size: tuple[float, float, float]
-    dose_reduction: float
-    unit: str
-    name: str
-    header: Any
-    sources: dict[str, str]
-    given: Given
+    mr: np.ndarray | None = None
+    spet: np.ndarray | None = None
+    activity: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    tissues: np.ndarray | None = None
+    lesions: np.ndarray | None = None
+    lesion_table: tuple[Lesion, ...] = ()
+    halves: tuple[np.ndarray, np.ndarray] | None = None
+    sinogram: Any = None
+    affine: np.ndarray = None  # type: ignore[assignment]  # made from voxel_size
+    voxel_size: tuple[float, float, float] = (2.0, 2.0, 2.0)
+    dose_reduction: float = 20.0
+    unit: str = "kBq/mL"
+    name: str = "scan"
+    header: Any = None
+    sources: dict[str, str] = field(default_factory=dict)
+    given: Given = None  # type: ignore[assignment]  # read off the LPET
 
-    def __init__(
-        self,
-        lpet: ArrayLike,
-        mr: ArrayLike | None = None,
-        spet: ArrayLike | None = None,
-        activity: ArrayLike | None = None,
-        mask: ArrayLike | None = None,
-        tissues: ArrayLike | None = None,
-        lesions: ArrayLike | None = None,
-        lesion_table: Sequence[Lesion] = (),
-        halves: Sequence[ArrayLike] | None = None,
-        sinogram: Any = None,
-        affine: np.ndarray | None = None,
-        voxel_size: float | Sequence[float] = 2.0,
-        dose_reduction: float = 20.0,
-        unit: str = "kBq/mL",
-        name: str = "scan",
-        header: Any = None,
-        sources: dict[str, str] | None = None,
-        given: Given | None = None,
-    ):
-        names = {"lpet": "LPET", "spet": "SPET", "mr": "MR"} | (sources or {})
-        first = _volume(lpet, names["lpet"])
-        images: dict[str, Any] = {"lpet": _activity(first, names["lpet"])}
-        for key, image in (("spet", spet), ("activity", activity)):
-            images[key] = (
-                None if image is None else _activity(_on_grid(image, names.get(key, key), first), names.get(key, key))
+    def __post_init__(self) -> None:
+        names = {"lpet": "LPET", "spet": "SPET", "mr": "MR"} | self.sources
+        given = self.given or Given(hasattr(self.lpet, "detach"), np.ndim(self.lpet))
+        first = _volume(self.lpet, names["lpet"])
+        images: dict[str, Any] = {}
+        for key, checked in CHECKED.items():
+            if getattr(self, key) is not None:
+                called = names.get(key, key)
+                images[key] = checked(_on_grid(getattr(self, key), called, first), called)
+        if self.halves is not None:
+            if len(self.halves) != 2:
+                raise ValueError(f"halves: expected two images of half the counts each, found {len(self.halves)}")
+            called = names.get("halves", "halves")
+            images["halves"] = tuple(_activity(_on_grid(half, called, first), called) for half in self.halves)
+        by_size = np.diag([*np.broadcast_to(np.asarray(self.voxel_size, float), 3), 1.0])
+        affine = np.asarray(by_size if self.affine is None else self.affine, float)
+        size = _voxel_size(affine, given.ndim, names["lpet"])
+        if not (math.isnan(self.dose_reduction) or 1 <= self.dose_reduction < math.inf):
+            raise ValueError(
+                "dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found "
+                f"{self.dose_reduction}"
             )
-        images["mr"] = (
-            None if mr is None else _signal(_on_grid(mr, names["mr"], first), names["mr"], ", or pass mr=None")
-        )
-        for key, labels, kind in (("mask", mask, bool), ("tissues", tissues, np.uint8), ("lesions", lesions, np.uint8)):
-            images[key] = None if labels is None else _on_grid(labels, names.get(key, key), first).astype(kind)
-        if halves is not None and len(halves) != 2:
-            raise ValueError(f"halves: expected two images of half the counts each, found {len(halves)}")
-        called = names.get("halves", "halves")
-        pair = None if halves is None else tuple(_activity(_on_grid(half, called, first), called) for half in halves)
-        given = given or Given(hasattr(lpet, "detach"), np.ndim(lpet))
-        affine = np.diag([*np.broadcast_to(np.asarray(voxel_size, float), 3), 1.0]) if affine is None else affine
-        affine = np.asarray(affine, float)
-        self.__dict__.update(
-            images,
-            halves=pair,
-            affine=affine,
-            voxel_size=_voxel_size(affine, given.ndim, names["lpet"]),
-            dose_reduction=_dose_reduction(dose_reduction),
-            lesion_table=tuple(lesion_table),
-            sinogram=sinogram,
-            unit=unit,
-            name=name,
-            header=header,
-            sources=dict(sources or {}),
-            given=given,
-        )
+        self.__dict__.update(images, affine=affine, voxel_size=size, given=given)
 
     def like_input(self, volume: np.ndarray) -> Any:
         """(..., X, Y, Z) -> the kind (NumPy or torch) and dimension of the `lpet` that this scan was made from."""
@@ -167,10 +135,10 @@ def _finite(array: np.ndarray, called: str) -> np.ndarray:
     return array
 
 
-def _signal(array: np.ndarray, called: str, otherwise: str = "") -> np.ndarray:
+def _signal(array: np.ndarray, called: str) -> np.ndarray:
     array = _finite(array, called)
     if not array.any():
-        raise ValueError(f"{called}: expected an image, found only zeros; check the export{otherwise}")
+        raise ValueError(f"{called}: expected an image, found only zeros; check the export, or leave an MR out")
     return array
 
 
@@ -182,6 +150,13 @@ def _activity(array: np.ndarray, called: str) -> np.ndarray:
             "undo any offset or z-scoring, or clip at 0 if this is ringing"
         )
     return array.clip(min=0) if array.min() < 0 else array  # rounding of scaled integers
+
+
+CHECKED = {"lpet": _activity, "spet": _activity, "activity": _activity, "mr": _signal} | {
+    "mask": lambda labels, _: labels.astype(bool),
+    "tissues": lambda labels, _: labels.astype(np.uint8),
+    "lesions": lambda labels, _: labels.astype(np.uint8),
+}
 
 
 def _voxel_size(affine: np.ndarray, ndim: int, called: str) -> tuple[float, float, float]:
@@ -205,9 +180,3 @@ def maps_to_mm(affine: np.ndarray) -> bool:
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         return False
     return bool(abs(np.linalg.det(affine[:3, :3])) > 1e-3 * np.prod(nib.affines.voxel_sizes(affine)))
-
-
-def _dose_reduction(value: float) -> float:
-    if not (math.isnan(value) or 1 <= value < math.inf):
-        raise ValueError(f"dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found {value}")
-    return value

@@ -195,6 +195,7 @@ class Scanner:
         standard = self.acquire(patient.activity, patient.attenuation, seed)
         source = self.acquire(patient.activity, patient.attenuation, seed + 1_000_003) if independent else standard
         low = source.thin(dose_reduction, seed + 2_000_003)
+        a, b = low.split(seed + 3_000_003)
         return Scan(
             lpet=self.reconstruct(low),
             mr=patient.mr,
@@ -204,7 +205,7 @@ class Scanner:
             tissues=patient.tissues,
             lesions=patient.lesions,
             lesion_table=patient.lesion_table,
-            halves=[self.reconstruct(half) for half in low.split(seed + 3_000_003)] if halves else None,
+            halves=(self.reconstruct(a), self.reconstruct(b)) if halves else None,
             sinogram=low,
             affine=patient.affine,
             dose_reduction=dose_reduction,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def train_stage1(
     device: str = "auto",
     workers: int | None = None,
     start: MFdiff | None = None,
-) -> Iterator[TrainingState]:
+) -> Generator[TrainingState, None, None]:
     """Train MFdiff on the profile's cohort, yielding a `TrainingState` after each step (`loop.training_loop`).
 
     out: folder for checkpoints and the final weights; None keeps nothing. resume: go on from the checkpoint in `out` if
@@ -136,7 +136,7 @@ class ValidationSet:
         model.eval()
         for index, batch in enumerate(self.batches):
             lpet, mr, dose = (batch[k].to(device) for k in ("lpet", "mr", "dose"))
-            pairs = [paired_noise(2, (lpet.shape[-2], lpet.shape[-1]), [index, i]) for i in range(len(lpet))]
+            pairs = [paired_noise(2, tuple(lpet.shape[-2:]), [index, i]) for i in range(len(lpet))]
             drawn, fused = model.restore_slices(lpet, mr, dose, torch.stack(pairs).to(device))
             images = {"lpet": lpet[:, lpet.shape[1] // 2], "coarse": fused.coarse[:, 0], "mean": drawn.mean(1)}
             spets, weights = (batch[key][:, 0].numpy() for key in ("spet", "weight"))

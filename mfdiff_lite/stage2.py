@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def train_stage2(
     resume: bool = False,
     device: str = "auto",
     workers: int | None = None,
-) -> Iterator[TrainingState]:
+) -> Generator[TrainingState, None, None]:
     """Adapt a model to a target: one scan, or several of one scanner. Yields a `TrainingState` after each step
     (`loop.training_loop`), and ends when the held-out loss has not fallen for `patience` validations; the last state's
     model is the adapted one.
@@ -108,7 +108,7 @@ def specific_parameters(model: MFdiff) -> list[nn.Parameter]:
     """What stage 2 trains, about a tenth of the weights: norms and FiLM everywhere, and in the fusion module the
     embedding of the dose, attention and head. All else of `model` is frozen."""
     model.requires_grad_(False)
-    small = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    small: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
     small += [m for name, m in model.named_modules() if name.endswith(".film")]
     small += [m for name, m in model.fusion.named_modules() if name.endswith(("query", "key_value", "refine"))]
     small += [model.fusion.embed, model.fusion.head]
@@ -138,7 +138,7 @@ class TargetSlices:
         _require(scan, self.settings.objective)
         view = ModelView(scan, self.context)
         images = {"lpet": view.lpet, "mr": view.mr, "weight": np.where(view.mask, 1.0, 0.2)}
-        if self.settings.objective == "paired":
+        if self.settings.objective == "paired" and scan.spet is not None:
             images["spet"] = view.activity(scan.spet)
         elif scan.halves is not None:
             a, b = (view.activity(half) for half in scan.halves)
@@ -171,7 +171,7 @@ class TargetSlices:
             parts.append(batch | drawn(batch["spet"], [seed, step, 1]))
         return parts
 
-    def loss(self, model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, model: Any, part: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"target": the objective}, or {"rehearsal": the loss of stage 1} of simulated slices."""
         inner = getattr(model, "module", model)  # of several processes, alike in all
         if self.settings.objective != "paired" and "t" in part:
@@ -204,7 +204,7 @@ class TargetSlices:
         """The chosen slices: "lpet", "mr" and "noise" with their neighbours, (B, context, H, W), "weight" and "spet"
         alone, (B, 1, H, W), and the dose (B,)."""
         near = scan["view"].near(chosen)
-        batch = {name: scan[name][near] for name in ("lpet", "mr", "noise") if name in scan}
+        batch: dict[str, Tensor] = {name: scan[name][near] for name in ("lpet", "mr", "noise") if name in scan}
         batch |= {name: scan[name][chosen][:, None] for name in ("weight", "spet") if name in scan}
         return batch | {"dose": torch.full((len(chosen),), float(scan["view"].scan.dose_reduction))}
 
@@ -212,7 +212,7 @@ class TargetSlices:
         """With the times and the noise that the loss of stage 1 needs, if it is the objective."""
         return batch | drawn(batch["spet"], [self.settings.seed, *seed]) if "spet" in batch else batch
 
-    def objective(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def objective(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """The objective on one batch, a mean over voxels in units of the expected residual."""
         if self.settings.objective == "paired":
             return _supervised(model, batch)

@@ -1,10 +1,13 @@
 """Baselines against closed forms and against sums by hand: a weak baseline would flatter everything else."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from mfdiff_lite.baselines import gaussian, kernel_em, mr_guided, mr_kernel, non_local_means, tune
+from mfdiff_lite.config import FWHM_TO_SD
 from mfdiff_lite.metrics import psnr
 from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
@@ -37,14 +40,14 @@ def test_gaussian_has_its_width_in_mm():
 
 def test_gaussian_leaves_the_axis_of_a_slice_alone():
     image = np.random.default_rng(0).random((32, 32)).astype(np.float32)
-    expected = ndimage.gaussian_filter(image, 4.5 / 2.355 / 2, mode="nearest")
+    expected = ndimage.gaussian_filter(image, 4.5 * FWHM_TO_SD / 2, mode="nearest")
     np.testing.assert_allclose(gaussian(Scan(image))[..., 0], expected, rtol=1e-5)
 
 
 def test_tune_finds_the_best_settings():
     """The reference is the noisy image filtered with 5 mm: that width is the best, of one setting or of two."""
     scan = noisy()
-    scan.spet = gaussian(scan, 5.0) * np.float32(1.0001)
+    scan = dataclasses.replace(scan, spet=gaussian(scan, 5.0) * np.float32(1.0001))
     assert tune(gaussian, [scan], fwhm=np.arange(2.0, 10.01, 0.5)) == {"fwhm": 5.0}
     assert tune(gaussian, [scan], fwhm=[3.0, 7.0])["fwhm"] in (3.0, 7.0)
     blend = lambda s, fwhm, share: share * gaussian(s, fwhm)  # noqa: E731
@@ -58,7 +61,7 @@ def test_a_wider_filter_for_more_noise():
 
 def test_mr_guided_with_an_even_mr_is_the_gaussian():
     scan = noisy()
-    scan.mr = np.full(SHAPE, 7.0, np.float32)
+    scan = dataclasses.replace(scan, mr=np.full(SHAPE, 7.0, np.float32))
     inside = (slice(8, -8), slice(8, -8), slice(4, -4))
     wide = mr_guided(scan, fwhm=4.0)  # cut at 2 SD, so only nearly the same
     np.testing.assert_allclose(wide[inside], gaussian(scan, 4.0)[inside], rtol=0.05)
@@ -68,7 +71,7 @@ def test_mr_guided_equals_the_plain_sum_over_neighbours():
     """One voxel by hand, straight from the definition."""
     scan, at = noisy(), (17, 20, 5)
     mr = scale_mr(scan.mr, ActivityScale(scan.lpet, scan.voxel_size).mask)
-    sd = 6.0 / 2.355 / 2
+    sd = 6.0 * FWHM_TO_SD / 2
     total = weights = 0.0
     reach = int(np.ceil(2 * sd))
     for x in range(at[0] - reach, at[0] + reach + 1):

@@ -761,16 +761,16 @@ def test_adapt_resumes_after_ctrl_c(target, weights, tmp_path, monkeypatch):
     """Cut after its first step: a `.run` folder holds it, --resume ends where an uncut run ends."""
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     assert run(*adapting(target, weights, whole, "--objective", "split")).exit_code == 0
-    from mfdiff_lite import adaptation
+    from mfdiff_lite import stage2
 
-    genuine = adaptation.train_stage2
+    genuine = stage2.train_stage2
 
     def one_step(*args, **kwargs):
         yield next(genuine(*args, **kwargs))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(adaptation, "train_stage2", one_step)
+        patch.setattr(stage2, "train_stage2", one_step)
         stopped = run(*adapting(target, weights, cut, "--objective", "split"))
     assert stopped.exit_code == 130, (stopped.output, stopped.exception)
     assert "--resume" in stopped.stderr and not cut.exists()
@@ -786,7 +786,7 @@ def test_adapt_resumes_after_ctrl_c(target, weights, tmp_path, monkeypatch):
         (["--objective", "split"], False, ["expected count halves", "'sure'"]),
         (["--objective", "sure"], False, ["at least 8 slices", "cannot be estimated"]),
         (["--objective", "paired"], True, ["expected the SPET"]),
-        (["--objective", "best"], True, ["objective: expected one of split, sure, paired, found 'best'"]),
+        (["--objective", "best"], True, ["objective: expected one of auto, split, sure, paired, found 'best'"]),
         (["--objective", "split", "speed=3"], True, ["unknown key 'speed'", "learning_rate"]),
         (["--objective", "split", "steps"], True, ["expected key=value"]),
         (["--objective", "sure", "--half-a", "a.nii.gz"], False, ["expected both halves or none"]),

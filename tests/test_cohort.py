@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,19 +133,15 @@ def test_files_are_reused_and_kept_once(tiny):
 def test_a_complete_cohort_serves_who_may_only_read(tiny):
     """Today's fault: every call wrote settings.json, so the second user of a shared cache was locked out. As another
     user, in a process of its own."""
-    folder = folder_of(tiny)
-    modes = {path: path.stat().st_mode for path in (folder, *folder.iterdir())}
-    for path in modes:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    for parent in (p for p in folder.parents if p.is_relative_to(folder.parents[2])):
-        modes[parent] = parent.stat().st_mode
-        parent.chmod(0o755)
-    code = f"{IMPORTS}; os.geteuid() or os.setuid(65534); {CALL}"  # first the imports, which only their owner may read
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    finally:
-        for path, mode in modes.items():
-            path.chmod(mode)
+    with tempfile.TemporaryDirectory() as shared:  # not below the tests' own folder, which only their user may enter
+        copy = shutil.copytree(folder_of(tiny), Path(shared, folder_of(tiny).name))
+        for path in (Path(shared), copy, *copy.iterdir()):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        code = f"{IMPORTS}; os.geteuid() or os.setuid(65534); {CALL}"  # first the imports, which only root may read
+        env = os.environ | {"MFDIFF_CACHE": shared}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", env=env)
+        for path in (Path(shared), copy):
+            path.chmod(0o755)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "(2, 2, 3, 128, 128)"
 
@@ -203,7 +202,7 @@ def test_more_patients_reuse_the_first_ones_and_fewer_are_a_part(cache, monkeypa
     two = make_cohort(profile)
     first, calls = np.array(two.lpet), []
     make = module._make_patient
-    monkeypatch.setattr(module, "_make_patient", lambda job: calls.append(job.index) or make(job))
+    monkeypatch.setattr(module, "_make_patient", lambda job: calls.append(job.number) or make(job))
     three = make_cohort(dataclasses.replace(profile, patients=3))
     one = make_cohort(dataclasses.replace(profile, patients=1))
     assert calls == [2] and three.key == two.key == one.key
@@ -304,7 +303,7 @@ def test_an_interrupted_build_leaves_whole_files_and_goes_on(cache, monkeypatch,
     folder = cache_folder() / f"cohort-{key(monkeypatch, cache, seed=profile.seed, doses=1)}"
     assert sorted(p.name for p in folder.iterdir()) == ["patient-00000.npz", "settings.json"]
     calls, make = [], module._make_patient
-    monkeypatch.setattr(module, "_make_patient", lambda job: calls.append(job.index) or make(job))
+    monkeypatch.setattr(module, "_make_patient", lambda job: calls.append(job.number) or make(job))
     assert len(make_cohort(profile).lpet) == 2 and calls == [1]
 
 

@@ -4,7 +4,18 @@ import dataclasses
 
 import pytest
 
-from mfdiff_lite.config import PROFILES, TEST_ANATOMIES, TRAIN_ANATOMIES, VALIDATION_ANATOMIES, load_profile
+from mfdiff_lite.anatomy import embedded_anatomies, embedded_anatomy
+from mfdiff_lite.config import (
+    LOWEST_HEAD,
+    PROFILES,
+    TEST_ANATOMIES,
+    TRAIN_ANATOMIES,
+    VALIDATION_ANATOMIES,
+    Adaptation,
+    load_profile,
+)
+from mfdiff_lite.phantom import Randomisation, virtual_patient
+from mfdiff_lite.scanner import Scanner
 
 
 def test_profiles_by_name():
@@ -89,6 +100,19 @@ def test_values_are_parsed(key, given, parsed):
         ("dose_range", (0.5, 20)),
         ("dose_range", (100, 4)),
         ("dose_range", "4,nan"),
+        ("slab", 49),  # the smallest head has 48 slices
+        ("fusion_widths", (8, 16, 32, 64)),
+        ("fusion_widths", "10,20"),
+        ("denoiser_widths", "12"),
+        ("learning_rate", "nan"),
+        ("learning_rate", -1),
+        ("ema", 2),
+        ("no_mr", 3),
+        ("no_mr", 0.99),
+        ("thin", -0.1),
+        ("lesion_weight", -5),
+        ("warmup", -3),
+        ("seed", -1),
     ],
 )
 def test_wrong_values_name_the_key(key, value):
@@ -108,3 +132,35 @@ def test_unknown_key_lists_the_known_ones(key):
 def test_unknown_profile_lists_the_known_ones():
     with pytest.raises(ValueError, match="expected one of smoke, cpu, gpu, found 'tiny'"):
         load_profile("tiny")
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: Scanner(subsets=200), "subsets"),  # today: an image of zeros
+        (lambda: Scanner(iterations=0), "iterations"),  # today: an image of ones
+        (lambda: Scanner(contamination=1.0), "contamination"),
+        (lambda: Scanner(psf_fwhm=float("nan")), "psf_fwhm"),
+        (lambda: Randomisation(skull_stripped=2.0), "skull_stripped"),
+        (lambda: Randomisation(grey_to_white=(0.0, 1.0)), "grey_to_white"),
+        (lambda: Randomisation(mr_contrast="flair"), "mr_contrast"),
+        (lambda: Adaptation(learning_rate=float("nan")), "learning_rate"),
+        (lambda: Adaptation(rehearsal=-1.0), "rehearsal"),
+        (lambda: Adaptation(objective="magic"), "objective"),
+    ],
+)
+def test_every_frozen_dataclass_checks_its_ranges(make, key):
+    with pytest.raises(ValueError, match=f"^{key}: expected .*found "):
+        make()
+
+
+def test_the_slab_fits_into_every_head():
+    for name in embedded_anatomies():
+        assert virtual_patient(embedded_anatomy(name), 0, slices=LOWEST_HEAD).mask.shape[2] == LOWEST_HEAD
+
+
+def test_scanner_and_patient_share_a_grid():
+    """Today: eight times the counts and doubled attenuation paths, without a word."""
+    patient = virtual_patient(embedded_anatomy("icbm152"), 0, slices=2)
+    with pytest.raises(ValueError, match="icbm152-0: expected the scanner's grid, .* pixels of 4 mm, found .* 2 mm"):
+        Scanner(pixel_size=4).scan(patient)

@@ -53,7 +53,7 @@ def test_compare_scores_each_image_against_the_reference_it_names():
 
 def test_compare_refuses_what_it_cannot_do():
     scan = case()
-    scan.spet = None
+    scan = dataclasses.replace(scan, spet=None)
     with pytest.raises(ValueError, match="spet"):
         compare(scan, {"x": scan.lpet})
 
@@ -61,10 +61,10 @@ def test_compare_refuses_what_it_cannot_do():
 def test_lesion_columns_appear_only_with_known_lesions():
     scan = case()
     assert "contrast_kept" not in compare(scan, {}).rows["LPET"]
-    scan.tissues = scan.mask.astype(np.uint8)
-    scan.lesions = np.zeros(scan.lpet.shape, np.uint8)
-    scan.lesions[8:11, 14:17, 2:4] = 1
-    scan.lesion_table = (Lesion(1, "pet-only", True, 3.0),)
+    lesions = np.zeros(scan.lpet.shape, np.uint8)
+    lesions[8:11, 14:17, 2:4] = 1
+    table = (Lesion(1, "pet-only", True, 3.0),)
+    scan = dataclasses.replace(scan, tissues=scan.mask.astype(np.uint8), lesions=lesions, lesion_table=table)
     scan.spet[scan.lesions == 1] = 20
     rows = compare(scan, {"same": scan.spet}).rows
     assert rows["same"]["contrast_kept"] == pytest.approx(1)
@@ -96,16 +96,16 @@ def test_summary_leaves_out_patients_without_a_value():
 
 def test_the_rough_mask_never_sees_the_spet():
     scan = case()
-    scan.mask = None
+    scan = dataclasses.replace(scan, mask=None)
     before = brain_mask(scan)
-    scan.spet = scan.spet[::-1] * 3
+    scan = dataclasses.replace(scan, spet=scan.spet[::-1] * 3)
     assert np.array_equal(before, brain_mask(scan))
 
 
 def test_the_audit_gives_each_mr_to_the_method_and_scores_what_it_makes():
     """A method that copies the MR: each row has the score of the MR that it was given."""
     scan = case()
-    scan.mr = np.random.default_rng(1).random(scan.lpet.shape).astype(np.float32) + 1
+    scan = dataclasses.replace(scan, mr=np.random.default_rng(1).random(scan.lpet.shape).astype(np.float32) + 1)
     other = scan.mr[::-1].copy()
     rows = audit_mr(lambda lpet, mr: lpet if mr is None else mr, scan, other).rows
     moved = np.concatenate([np.repeat(scan.mr[:1], 2, 0), scan.mr[:-2]])  # 4 mm are two voxels
@@ -361,3 +361,61 @@ def test_without_residual_the_denoiser_generates_the_image_itself(ablations):
     a = model.schedule.alpha_bar(torch.tensor([model.schedule.times(6, 0.9)[0]]), noise)
     warm = a.sqrt() * fused.coarse / ablations.WHOLE_SD + (1 - a).sqrt() * noise
     assert torch.allclose(begun[0].transpose(0, 1), warm, atol=1e-5), "the warm start is the coarse estimate"
+
+
+# ---- one door for what can be judged -------------------------------------------------------------------------------
+
+
+def bare(scan):
+    """As from files: no mask, no truth."""
+    return Scan(scan.lpet, scan.mr, spet=scan.spet, name="bare")
+
+
+def test_a_scan_without_mask_can_be_evaluated():
+    """Today's fault: AttributeError for every scan of load_scan."""
+    scan = bare(case())
+    found = evaluate({"same": lambda s: s.spet}, [scan])["summary"]["spet"]
+    assert found["same"]["nrmse"]["mean"] == 0 < found["LPET"]["nrmse"]["mean"]
+    assert found["LPET"]["psnr"]["mean"] == compare(scan, {}).rows["LPET"]["psnr"]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_compare_takes_an_image_as_explore_does(kind):
+    """Today's fault: AttributeError for an array."""
+    scan = case()
+    image = scan.spet * 0.5 + scan.lpet * 0.5
+    assert compare(scan, kind(image)).rows["restored"] == compare(scan, {"restored": image}).rows["restored"]
+
+
+def test_what_cannot_be_judged_is_refused_in_a_sentence():
+    scan = bare(case())
+    with pytest.raises(ValueError, match="restored: expected the LPET's grid"):
+        compare(scan, scan.lpet[1:])
+    with pytest.raises(ValueError, match="restored: expected finite values, found 1 NaN"):
+        compare(scan, np.where(np.arange(scan.lpet.size).reshape(scan.lpet.shape) == 7, np.nan, scan.lpet))
+    with pytest.raises(ValueError, match="against: expected one of spet, truth, found 'mr'"):
+        compare(scan, scan.lpet, against="mr")
+    with pytest.raises(ValueError, match="expected at least one scan, found none"):
+        evaluate({}, [])
+    for change, words in (({"spet": None}, "expected a scan with its spet"), ({"mr": None}, "expected a scan with MR")):
+        with pytest.raises(ValueError, match=words):
+            audit_mr(lambda lpet, mr: lpet, dataclasses.replace(scan, **change))
+        if "spet" in change:
+            with pytest.raises(ValueError, match=words):
+                evaluate({}, [dataclasses.replace(scan, **change)])
+
+
+def test_a_reference_that_not_all_scans_have_is_not_summarised():
+    with_truth = case()
+    found = evaluate({}, [with_truth, bare(with_truth)])
+    assert set(found["patients"][0]) == {"name", "spet", "truth"} and set(found["summary"]) == {"spet"}
+
+
+def test_another_patient_is_never_the_same_one():
+    """Today's fault: for icbm152, seed 1, the row "another patient's MR" held the patient's own."""
+    patient = virtual_patient(load_anatomy("icbm152"), 1, slices=20)
+    scan = Scan(patient.activity, patient.mr, spet=patient.activity, affine=patient.affine, name=patient.name)
+    other = another_mr(scan)
+    assert other.any() and np.corrcoef(other.ravel(), scan.mr.ravel())[0, 1] < 0.98
+    with pytest.raises(ValueError, match="expected another patient than icbm152-1, found the same"):
+        another_mr(scan, "icbm152", 1)

@@ -1,6 +1,7 @@
 """The slice explorer: what lands where on the screen, in which colour, and what is said about it."""
 
 import base64
+import dataclasses
 import io
 import re
 import subprocess
@@ -475,7 +476,7 @@ class _Page(HTMLParser):
 
 
 def test_report_stands_alone_and_is_escaped(scan):
-    scan.name = 'a"><script>alert(1)</script>'
+    scan = dataclasses.replace(scan, name='a"><script>alert(1)</script>')
     text = report_html(scan, result(volume(3)), {"<b>PSNR": "30 < 40 & {more}", "weights": "é"})
     page = _Page()
     page.feed(text)

@@ -7,18 +7,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from mfdiff_lite.denoiser import ConditionalUNet
-from mfdiff_lite.fusion import (
-    HALO,
-    REACH,
-    SPREADS,
-    WINDOW,
-    GatedFusion,
-    MultiModalityFusion,
-    double,
-    halve,
-    local_correlation,
-    smooth,
-)
+from mfdiff_lite.fusion import HALO, REACH, SPREADS, WINDOW, GatedFusion, MultiModalityFusion, local_correlation, smooth
 from mfdiff_lite.layers import Embedding, dose_scalar
 
 
@@ -32,12 +21,6 @@ def fusion():
     module = MultiModalityFusion((8, 16, 32)).eval()
     torch.nn.init.normal_(module.head.weight, std=0.05)  # trained or not, the promises must hold
     return module
-
-
-def test_halve_is_pixel_unshuffle_and_double_undoes_it():
-    x = randn(2, 3, 8, 12)
-    assert torch.equal(halve(x), F.pixel_unshuffle(x, 2))
-    assert torch.equal(double(halve(x)), x)
 
 
 def test_smooth_is_a_gaussian_that_keeps_activity():

@@ -396,3 +396,22 @@ def test_no_metric_rescales_its_input():
     source = inspect.getsource(metrics) + inspect.getsource(evaluation)
     for call in (".min()", ".max()", "ptp("):
         assert call not in source
+
+
+def test_the_ring_of_a_lesion_is_in_mm():
+    """Today's fault: in voxels, so that another grid gave another ring. The ring of one voxel at 2 and at 1 mm."""
+    for voxel in (1.0, 2.0):
+        n = int(40 / voxel)
+        lesions = np.zeros((n + 1,) * 3, np.uint8)
+        lesions[(n // 2,) * 3] = 1
+        distance = voxel * np.linalg.norm(np.indices(lesions.shape) - n // 2, axis=0)
+        image = np.where((distance > 3) & (distance <= 9), 2.0, 100.0)
+        image[lesions == 1] = 3.0
+        size = (voxel, voxel, voxel)
+        assert metrics.lesion_contrast(image, lesions, 1, np.ones(lesions.shape, bool), size) == pytest.approx(0.5)
+
+
+def test_ssim_of_slices_smaller_than_its_window_is_not_a_number():
+    """Today's fault: scikit-image's "win_size exceeds image extent"."""
+    image, mask = np.random.default_rng(0).random((10, 30, 2)), np.ones((10, 30, 2), bool)
+    assert np.isnan(metrics.ssim(image, image, mask)) and metrics.psnr(image, image, mask) == np.inf

@@ -1,6 +1,9 @@
 """The model as a whole: losses, sampling, restoration on real grids, saving and loading."""
 
+import copy
 import json
+import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from mfdiff_lite.model import (
     save_model,
 )
 from mfdiff_lite.scan import Scan
+from mfdiff_lite.view import ModelView
 
 SMOKE = load_profile("smoke")
 
@@ -328,3 +332,53 @@ def test_the_shipped_weights_degrade_safely_with_a_wrong_mr(shipped, test_case):
     }
     gaussian = mf.compare(scan, restored).rows["Gaussian"]["psnr"]
     assert psnr["none"] > gaussian and psnr["wrong"] > gaussian
+
+
+# ---- faults at the seams -------------------------------------------------------------------------------------------
+
+
+def test_a_restoration_is_pickled_and_a_single_sample_is_one(model, monkeypatch):
+    """Today's faults: `Can't pickle local object`, and samples[0] brought all K to the scan's grid."""
+    lpet, mr = head()
+    restored = model.restore(Scan(lpet, mr), 4, fidelity=0.3)
+    again = pickle.loads(pickle.dumps(restored))
+    np.testing.assert_array_equal(again.samples[2], restored.samples[2])
+    np.testing.assert_array_equal(again.mean, restored.mean)
+    back, calls = ModelView.restored, []
+    monkeypatch.setattr(ModelView, "restored", lambda view, volume: calls.append(1) or back(view, volume))
+    assert len(restored.samples) == 4 and restored.samples[0].shape == lpet.shape and len(calls) == 1
+    assert len(restored.samples[1:3]) == 2 and len(list(restored.samples)) == 4
+    np.testing.assert_array_equal(restored.samples[-1], restored.samples[3])
+    with pytest.raises(IndexError):
+        restored.samples[4]
+
+
+def test_a_slice_without_neighbours_is_said_to_be_restored_badly(model):
+    lpet, mr = head()
+    with pytest.warns(UserWarning, match="scan: expected at least 3 slices, found 1"):
+        model.restore(Scan(lpet[..., 2], mr[..., 2]), 1)
+    taught = copy.deepcopy(model)
+    taught.card = {"profile": {"thin": 0.1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taught.restore(Scan(lpet[..., 2], mr[..., 2]), 1)
+        model.restore(Scan(lpet, mr), 1)
+
+
+def test_the_card_is_as_safe_as_the_weights(model, tmp_path):
+    """Today's fault: force=False replaced results.json beside a new results.safetensors."""
+    (tmp_path / "results.json").write_text("precious")
+    with pytest.raises(FileExistsError, match="results.json: exists already"):
+        save_model(model, tmp_path / "results.safetensors", {}, force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_half_precision_halves_the_file_and_comes_back_as_float32(model, tmp_path):
+    sizes = {}
+    for half in (False, True):
+        path = save_model(model, tmp_path / f"{half}.safetensors", {}, half=half)
+        sizes[half], found = path.stat().st_size, load_model(path, "cpu").state_dict()
+        for key, value in model.state_dict().items():
+            assert found[key].dtype == torch.float32
+            assert (found[key] - value).abs().max() <= half * 2**-11 * value.abs().max()
+    assert sizes[True] < 0.52 * sizes[False]

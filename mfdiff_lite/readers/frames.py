@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -43,7 +44,7 @@ def short_frame_scan(
     read, ValueError when its content or the window will not do. Tried on made-up files of this layout only.
     """
     with _one_sentence(pet_path):
-        image = nib.load(pet_path, keep_file_open=True)  # else a .gz is unpacked from its start for every frame
+        image: Any = nib.load(pet_path, keep_file_open=True)  # else a .gz is unpacked from its start for every frame
     if len(image.shape) != 4:
         raise ValueError(
             f"{pet_path}: expected a dynamic PET (X, Y, Z, frames), found shape {image.shape}; take the 4-D file, or "

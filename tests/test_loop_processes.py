@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import distributed
 
-from mfdiff_lite import training
+from mfdiff_lite import loop, stage1
 from mfdiff_lite.config import load_profile
 from mfdiff_lite.model import load_model
 
@@ -34,17 +34,17 @@ ROUNDING = 2.0**-24  # relative, of one float32 operation
 # What each process runs: the command, with a folder of its own to write into, and its losses written down.
 DRIVER = """
 import json, os, sys
-from mfdiff_lite import training
+from mfdiff_lite import stage1
 from mfdiff_lite.__main__ import app
 
-folder, rank, losses, real = sys.argv[1], os.environ["RANK"], [], training.train_stage1
+folder, rank, losses, real = sys.argv[1], os.environ["RANK"], [], stage1.train_stage1
 
 def recorded(*args, **kwargs):
     for state in real(*args, **kwargs):
         losses.append(state.loss)
         yield state
 
-training.train_stage1 = recorded
+stage1.train_stage1 = recorded
 status = app(["train", "--out", f"{folder}/rank-{rank}", "--profile", "smoke", "--device", "cpu", *sys.argv[2:]],
              standalone_mode=False)
 with open(f"{folder}/losses-{rank}.json", "w") as out:
@@ -54,9 +54,10 @@ sys.exit(status or 0)
 
 
 def each_step(running):
-    """Running means, as training shows them, -> the loss of every step, (steps, 2)."""
+    """Running means, as training shows them (over all of these few steps), -> the loss of every step, (steps, 2)."""
     means = np.array([[mean["coarse"], mean["diffusion"]] for mean in running])
-    return np.vstack([means[:1], (means[1:] - 0.98 * means[:-1]) / 0.02])
+    n = np.arange(1, len(means) + 1)[:, None]
+    return np.diff(n * means, axis=0, prepend=0)
 
 
 def loopback():
@@ -106,16 +107,15 @@ def one(tmp_path_factory):
     out, profile = tmp_path_factory.mktemp("one"), load_profile("smoke", **SETTINGS)
 
     def losses(folder):
-        return each_step([state.loss for state in training.train_stage1(profile, folder, device="cpu", workers=1)])
+        return each_step([state.loss for state in stage1.train_stage1(profile, folder, device="cpu", workers=1)])
 
-    plain, batch_of = losses(out), training._global_batch
+    plain, batch_of = losses(out), stage1.Supervised.batch
 
     def reverse(*args):
-        batch, t, noise = batch_of(*args)
-        return {key: value.flip(0) for key, value in batch.items()}, t.flip(0), noise.flip(0)
+        return {key: value.flip(0) for key, value in batch_of(*args).items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_global_batch", reverse)
+        patch.setattr(stage1.Supervised, "batch", reverse)
         return out, plain, losses(None)
 
 
@@ -137,7 +137,7 @@ def test_two_processes_follow_the_curve_of_one_and_only_the_first_writes(gloo, o
 
     assert sorted(p.name for p in (tmp_path / "rank-0").iterdir()) == sorted(p.name for p in out.iterdir())
     assert not (tmp_path / "rank-1").exists()
-    cards = [load_model(folder / training.WEIGHTS, "cpu").card for folder in (out, tmp_path / "rank-0")]
+    cards = [load_model(folder / stage1.WEIGHTS, "cpu").card for folder in (out, tmp_path / "rank-0")]
     scores = [[card["validation_psnr_db"][-1][key] for key in ("lpet", "coarse", "mean")] for card in cards]
     assert scores[0] == pytest.approx(scores[1], abs=0.01)  # dB
 
@@ -167,7 +167,7 @@ def test_the_loss_of_shares_is_that_of_the_batch():
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
-    real = training.Accelerator
+    real = loop.Accelerator
     monkeypatch.setattr(real, "num_processes", property(lambda self: 3))
     with pytest.raises(ValueError, match="batch: expected a multiple .* found 4 for 3 x 1; choose another batch"):
-        next(training.train_stage1(load_profile("smoke", **SETTINGS), None, device="cpu", workers=1))
+        next(stage1.train_stage1(load_profile("smoke", **SETTINGS), None, device="cpu", workers=1))
