@@ -15,7 +15,7 @@ import numpy as np
 from nibabel.processing import resample_from_to
 from scipy import fft, ndimage
 
-from mfdiff_lite.anatomy import CSF, WHITE, Anatomy, load_anatomy
+from mfdiff_lite.anatomy import CSF, WHITE, Anatomy, embedded_anatomy
 from mfdiff_lite.scan import Lesion
 
 FIELD = 264  # mm, side of the square that every grid covers in the axial plane
@@ -76,7 +76,7 @@ def second_head(name: str, seed: int, tracer: str, slices: int | None = 24) -> H
     lowest fifth), and GUARD slices more at either end."""
     if tracer not in TRACERS:
         raise ValueError(f"tracer: expected one of {', '.join(TRACERS)}, found {tracer!r}")
-    anatomy, rng = load_anatomy(name), np.random.default_rng([seed, *f"{tracer} {name}".encode()])
+    anatomy, rng = embedded_anatomy(name), np.random.default_rng([seed, *f"{tracer} {name}".encode()])
     axes, affine = _fine_grid(anatomy, slices, rng)
     labels = _enveloped(_warped(anatomy, axes, rng), axes, rng)
     activity = _uptake(anatomy, TRACERS[tracer], rng)[labels]

@@ -450,9 +450,11 @@ def adapt(
     shutil.rmtree(run)
     card = last.model.card
     print(f"objective: {card['adaptation']['objective']}")
-    if card["assumed_about_noise"]:
-        print(f"the noise was estimated from the LPET alone; assumed: {card['assumed_about_noise']}")
-    if last.best == 0:
+    if card["refused"]:
+        print(
+            f"refused: {card['refused']}; these are the parent's weights. Count halves (--half-a, --half-b) would help"
+        )
+    elif last.best == 0:
         print("the held-out loss did not fall: these are the parent's weights, nothing on this target to gain")
     print(f"adapted from {_weights_line(parent, weights)}")
     print(f"wrote {out} (step {last.best} of {last.step}) and its card; use it with: restore --weights {out}")

@@ -8,9 +8,9 @@
 y is the LPET, the mean of a and b, images of two halves of its counts; n = (a - b) / 2 is noise like the LPET's own.
 With m = 1 "split" is Noise2Noise (Lehtinen et al. 2018): f(a) against b, whose noise is independent, so that b teaches
 what the SPET would. But f(a) is a restoration of half the dose. A smaller m mixes the halves: the input comes near the
-LPET (f is told its dose), the target gets noisier, and the two stay uncorrelated. Without halves "sure" borrows n from
-the differences between slices (`noise_like`). That stage 2 is self-supervised on the target's own LPET and MR is our
-interpretation of the paper.
+LPET (f is told its dose), the target gets noisier, and the two stay uncorrelated. Without halves "sure" measures the
+covariance of the noise and draws n anew for every batch (`noise.NoiseModel`); where that cannot be trusted, the parent
+is kept. That stage 2 is self-supervised on the target's own LPET and MR is our interpretation of the paper.
 
 Trained are `specific_parameters` alone, on batches of which a share is stage 1's simulated data, against forgetting.
 Every fifth slice of the target is held out; the weights with the lowest loss *there* are kept, the parent's included,
@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 
 from .cohort import SliceDataset, make_cohort
@@ -35,6 +34,7 @@ from .config import Adaptation, load_profile
 from .diffusion import NoiseSchedule
 from .loop import Plan, TrainingState, accelerator_on, refuse_to_mix, training_loop
 from .model import MFdiff, residual_sd
+from .noise import SLICES, NoiseModel
 from .scan import Scan
 from .view import ModelView
 
@@ -42,8 +42,7 @@ WEIGHTS = "stage2.safetensors"
 MIX = 0.5  # share of the halves' difference in the input of "split": 1 takes the halves themselves
 PROBE = 0.05  # step e of the divergence, in SDs of the noise
 HELD_OUT = 5  # every so many slices one is held out
-BORROWED = 4  # slices between a slice and the one whose noise `noise_like` lends it
-FROM_SLICES = "noise independent from slice to slice, anatomy alike in neighbouring slices"
+PROBES = 2  # drawn for the held-out slices, where the noise was measured
 
 
 def train_stage2(
@@ -72,13 +71,13 @@ def train_stage2(
     settings = data.settings
     folder = refuse_to_mix(out, resume)
     accelerator = accelerator_on(device)
-    if settings.rehearsal:
+    if settings.rehearsal and not data.doubt:
         data.rehearse(workers)
     student = copy.deepcopy(model)
     trained = specific_parameters(student) if settings.trained == "specific" else list(student.parameters())
     plan = Plan(
         trained=trained,
-        steps=settings.steps,
+        steps=0 if data.doubt else settings.steps,
         learning_rate=lambda _: settings.learning_rate,
         ema=settings.ema,
         check_every=settings.validate_every,
@@ -91,7 +90,7 @@ def train_stage2(
             "target": [f"{scan.name}, total {scan.lpet.sum():.6g}" for scan in scans],
             "cohort": data.cohort,
         },
-        card=_card(model, settings, scans, data.assumed),
+        card=_card(model, scans, data),
         patience=settings.patience,
     )
     yield from training_loop(student, data, plan, accelerator, folder, resume)
@@ -120,31 +119,33 @@ def specific_parameters(model: MFdiff) -> list[nn.Parameter]:
 class TargetSlices:
     """The objective of stage 2: the target's slices as the model sees them (`ModelView`), and the loss on them.
 
-    Each scan becomes tensors (Z, H, W): "lpet", "mr", "weight", and by objective "noise" or "spet".
-    assumed: what was assumed about the noise, None if it was measured. cohort: key of the rehearsed patients.
+    Each scan becomes tensors (Z, H, W): "lpet", "mr", "weight", and by objective "noise" or "spet"; or a noise model.
+    doubt: why nothing should be learned from them, None if it should. cohort: key of the rehearsed patients.
     """
 
     def __init__(self, scans: Sequence[Scan], settings: Adaptation, context: int):
         objective = chosen_objective(settings.objective, scans)
         self.settings, self.context = dataclasses.replace(settings, objective=objective), context
-        self.assumed: str | None = None
         self.cohort: str | None = None
         self.simulated: SliceDataset | None = None
         self.scans = [self._prepared(scan) for scan in scans]
         if not self.scans:
             raise ValueError("stage 2: expected at least one scan to adapt to, found none")
+        measured = [scan["noise model"] for scan in self.scans if scan["noise model"]]
+        self.doubt = next((noise.doubt for noise in measured if noise.doubt), None)
+        self.measured = [noise.summary for noise in measured]
 
     def _prepared(self, scan: Scan) -> dict[str, Any]:
         _require(scan, self.settings.objective)
         view = ModelView(scan, self.context)
-        images = {"lpet": view.lpet, "mr": view.mr, "weight": np.where(view.mask, 1.0, 0.2)}
+        noise, images = None, {"lpet": view.lpet, "mr": view.mr, "weight": np.where(view.mask, 1.0, 0.2)}
         if self.settings.objective == "paired" and scan.spet is not None:
             images["spet"] = view.activity(scan.spet)
         elif scan.halves is not None:
             a, b = (view.activity(half) for half in scan.halves)
             images["noise"] = (a - b) / 2
         else:
-            images["noise"], self.assumed = noise_like(view.lpet), FROM_SLICES
+            noise = NoiseModel(view.lpet, view.mask)
         z = view.shape[2]
         if z < HELD_OUT:
             raise ValueError(
@@ -152,7 +153,8 @@ class TargetSlices:
             )
         held = np.arange(z) % HELD_OUT == 2
         tensors = {name: torch.from_numpy(view.stack(image)) for name, image in images.items()}
-        return tensors | {"view": view, "held": np.flatnonzero(held), "learned": np.flatnonzero(~held)}
+        chosen = {"held": np.flatnonzero(held), "learned": np.flatnonzero(~held)}
+        return tensors | chosen | {"view": view, "noise model": noise}
 
     def rehearse(self, workers: int | None = None) -> None:
         """Mix in a few of stage 1's simulated patients."""
@@ -190,8 +192,8 @@ class TargetSlices:
         a little each time: one and the same probe could be fitted."""
         rng = np.random.default_rng([self.settings.seed, step, 41])
         scan = self.scans[rng.integers(len(self.scans))]
-        batch = self._slices(scan, rng.choice(scan["learned"], self.settings.batch))
-        if self.settings.objective == "sure":
+        batch = self._slices(scan, rng.choice(scan["learned"], self.settings.batch), [step, 43])
+        if self.settings.objective == "sure" and not scan["noise model"]:
             batch["noise"] = batch["noise"].roll(rng.integers(-3, 4, 2).tolist(), (-2, -1))
         if "noise" in batch:
             sign = np.float32(rng.choice((-1, 1), self.settings.batch))
@@ -200,10 +202,13 @@ class TargetSlices:
             batch = {key: value.flip(-2) if value.ndim == 4 else value for key, value in batch.items()}
         return batch
 
-    def _slices(self, scan: dict[str, Any], chosen: np.ndarray) -> dict[str, Tensor]:
+    def _slices(self, scan: dict[str, Any], chosen: np.ndarray, seed: list[int]) -> dict[str, Tensor]:
         """The chosen slices: "lpet", "mr" and "noise" with their neighbours, (B, context, H, W), "weight" and "spet"
-        alone, (B, 1, H, W), and the dose (B,)."""
+        alone, (B, 1, H, W), and the dose (B,). seed: of the noise, where it is drawn."""
         near = scan["view"].near(chosen)
+        if scan["noise model"]:
+            drawn_noise = scan["noise model"].draw(np.random.default_rng([self.settings.seed, *seed]))
+            scan = scan | {"noise": torch.from_numpy(scan["view"].stack(drawn_noise))}
         batch: dict[str, Tensor] = {name: scan[name][near] for name in ("lpet", "mr", "noise") if name in scan}
         batch |= {name: scan[name][chosen][:, None] for name in ("weight", "spet") if name in scan}
         return batch | {"dose": torch.full((len(chosen),), float(scan["view"].scan.dose_reduction))}
@@ -235,11 +240,12 @@ class TargetSlices:
         for scan in self.scans:
             for first in range(0, len(scan["held"]), self.settings.batch):
                 some = scan["held"][first : first + self.settings.batch]
-                batch = self._complete(self._slices(scan, some), [first, 2])
-                batch = {key: value.to(device) for key, value in batch.items()}
-                unpaired = self.settings.objective != "paired"
-                both = [batch, batch | {"noise": -batch["noise"]}] if unpaired else [batch]
-                losses += [self.objective(model, one).item() for one in both for _ in some]
+                for probe in range(PROBES if scan["noise model"] else 1):
+                    batch = self._complete(self._slices(scan, some, [probe, first, 47]), [first, 2])
+                    batch = {key: value.to(device) for key, value in batch.items()}
+                    unpaired = self.settings.objective != "paired"
+                    both = [batch, batch | {"noise": -batch["noise"]}] if unpaired else [batch]
+                    losses += [self.objective(model, one).item() for one in both for _ in some]
         return float(np.mean(losses))
 
 
@@ -253,20 +259,6 @@ def drawn(images: Tensor, seed: list[int]) -> dict[str, Tensor]:
 def _supervised(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     losses = model(batch, batch["t"], batch["noise"])
     return torch.stack(list(losses.values())).sum()
-
-
-def noise_like(lpet: np.ndarray) -> np.ndarray:
-    """A noise image with about the covariance of the noise in an LPET (X, Y, Z), for want of count halves.
-
-    The difference between a slice and the mean of its neighbours, scaled to the noise of one slice, and lent to the
-    slice `BORROWED` further on, whose own noise it does not know. Assumes `FROM_SLICES`.
-    """
-    difference = (lpet - (np.roll(lpet, 1, -1) + np.roll(lpet, -1, -1)) / 2) / np.sqrt(1.5)
-    difference[..., [0, -1]] = difference[..., [1, -2]]
-    local = np.sqrt(ndimage.gaussian_filter(lpet, (3, 3, 1)).clip(min=1e-3))  # counting noise grows as sqrt(activity)
-    order = np.arange(lpet.shape[-1])
-    lent = np.where(order + BORROWED < len(order), order + BORROWED, order - BORROWED)
-    return (difference / local)[..., lent] * local
 
 
 def chosen_objective(objective: str, scans: Sequence[Scan]) -> str:
@@ -294,10 +286,10 @@ def _require(scan: Scan, objective: str) -> None:
             f"{scan.name}: expected count halves for the objective 'split', found none; reconstruct two halves of the "
             "list-mode counts (Scanner.scan(..., halves=True) in simulation), or use the objective 'sure'"
         )
-    if objective == "sure" and scan.halves is None and scan.lpet.shape[2] < 2 * BORROWED:
+    if objective == "sure" and scan.halves is None and scan.lpet.shape[2] < SLICES:
         raise ValueError(
-            f"{scan.name}: expected count halves or at least {2 * BORROWED} slices for the objective 'sure', found "
-            f"{scan.lpet.shape[2]} slices and no halves; its noise cannot be estimated"
+            f"{scan.name}: expected count halves or at least {SLICES} slices for the objective 'sure', found "
+            f"{scan.lpet.shape[2]} slices and no halves; its noise cannot be measured"
         )
     if objective == "paired" and scan.spet is None:
         raise ValueError(
@@ -305,11 +297,12 @@ def _require(scan: Scan, objective: str) -> None:
         )
 
 
-def _card(parent: MFdiff, settings: Adaptation, scans: list[Scan], assumed: str | None) -> dict[str, Any]:
+def _card(parent: MFdiff, scans: list[Scan], data: TargetSlices) -> dict[str, Any]:
     return {
         "what": "MFdiff stage 2, moving average of the weights at the lowest held-out loss",
         "parent": {"fingerprint": parent.fingerprint, "revision": parent.card.get("revision")},
-        "adaptation": dataclasses.asdict(settings),
+        "adaptation": dataclasses.asdict(data.settings),
         "target": [scan.name for scan in scans],
-        "assumed_about_noise": assumed,
+        "noise": data.measured or "of count halves",
+        "refused": data.doubt,
     }

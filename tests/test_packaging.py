@@ -35,6 +35,7 @@ ORDER = [
     "scan",
     "files",
     "view",
+    "noise",
     "scanner",
     "cohort",
     "layers",

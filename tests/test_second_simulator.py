@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from mfdiff_lite import metrics
-from mfdiff_lite.anatomy import load_anatomy
+from mfdiff_lite.anatomy import embedded_anatomy
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -139,7 +139,7 @@ def test_no_filter_leaves_slices_independent():
 
 def test_the_left_of_the_head_ends_up_left(head):
     """Activity in the regions named "L" only; their MR signal is doubled."""
-    left = np.isin(head.labels, [i for i, region in load_anatomy(TEST).regions.items() if region.startswith("L ")])
+    left = np.isin(head.labels, [i for i, region in embedded_anatomy(TEST).regions.items() if region.startswith("L ")])
     marked = dataclasses.replace(head, activity=left.astype(np.float32), signal=head.signal * (1 + left))
     scan = SMALL.scan(marked, 3, dose_reduction=1)
     assert nib.aff2axcodes(scan.affine) == ("L", "P", "S")
@@ -180,7 +180,7 @@ def test_tracers_differ_as_they_should(head):
     means = {}
     for tracer in patients.TRACERS:
         made = head if tracer == "fdg" else patients.second_head(TEST, 3, tracer, slices=8)
-        names = load_anatomy(TEST).regions
+        names = embedded_anatomy(TEST).regions
         putamen = np.isin(made.labels, [i for i, name in names.items() if name.endswith("putamen")])
         grey = (made.labels > 0) & (made.labels < 100) & ~putamen
         means[tracer] = [made.activity[where].mean() for where in (grey, made.labels == 100, putamen)]

@@ -18,16 +18,7 @@ from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
-from mfdiff_lite.stage2 import (
-    BORROWED,
-    MIX,
-    WEIGHTS,
-    TargetSlices,
-    adapt,
-    noise_like,
-    specific_parameters,
-    train_stage2,
-)
+from mfdiff_lite.stage2 import MIX, WEIGHTS, TargetSlices, adapt, specific_parameters, train_stage2
 from mfdiff_lite.view import ActivityScale
 
 FEW = Adaptation(steps=6, batch=2, rehearsal_patients=1, validate_every=2, patience=3)
@@ -137,27 +128,6 @@ def _filtered(volume, fwhm):
     return ndimage.gaussian_filter(volume, (fwhm / 2.355 / 2, fwhm / 2.355 / 2, 0), mode="nearest")
 
 
-def test_borrowed_noise_has_the_power_and_the_colour_of_the_noise_and_not_its_own():
-    rng = np.random.default_rng(0)
-    noise = ndimage.gaussian_filter(rng.standard_normal((48, 48, 40)), (1.5, 1.5, 0))
-    noise *= 2 / noise.std()
-    lent = noise_like((50 + noise).astype(np.float32))
-    assert lent.std() == pytest.approx(2, rel=0.05)
-    for shift in (1, 2, 3):
-        correlation = [np.mean(n * np.roll(n, shift, 0)) / np.mean(n * n) for n in (noise, lent)]
-        assert correlation[1] == pytest.approx(correlation[0], abs=0.03)
-    assert abs(np.mean(lent * noise)) < 0.05 * noise.var()
-
-
-def test_a_slice_does_not_enter_the_noise_it_is_lent():
-    """Nor do the neighbours that the model sees beside it: what was fitted to them must not be called noise."""
-    lpet = np.random.default_rng(0).gamma(5, 2, (16, 16, 24)).astype(np.float32)
-    changed = lpet.copy()
-    changed[..., 12] += 0.1 * (-1) ** np.indices((16, 16)).sum(0)  # leaves the smoothed activity alone
-    moved = np.flatnonzero((np.abs(noise_like(changed) - noise_like(lpet)) > 1e-2).any((0, 1)))
-    assert len(moved) and (np.abs(moved - 12) >= BORROWED - 1).all()
-
-
 def test_trained_are_five_to_fifteen_per_cent_and_nothing_else_changes(tiny, measured):
     model = MFdiff.from_profile(load_profile("cpu"))
     share = sum(p.numel() for p in specific_parameters(model)) / model.n_parameters
@@ -235,7 +205,7 @@ def test_held_out_slices_are_never_learned_from(measured):
     "objective, change, words",
     [
         ("split", {"halves": None}, "count halves"),
-        ("sure", {"halves": None}, "its noise cannot be estimated"),
+        ("sure", {"halves": None}, "at least 12 slices .* its noise cannot be measured"),
         ("paired", {"spet": None}, "expected the SPET"),
     ],
 )
@@ -254,10 +224,40 @@ def test_too_few_slices_and_unknown_objectives_are_refused(tiny, measured):
         next(train_stage2(tiny, measured, "magic", settings=FEW, device="cpu", workers=1))
 
 
-def test_sure_without_halves_says_what_it_assumed(tiny, measured):
-    scan = Scan(measured.lpet, measured.mr, name="no-halves")
-    adapted = adapt(tiny, scan, "sure", settings=dataclasses.replace(FEW, steps=1), device="cpu", workers=1)
-    assert "slice" in adapted.card["assumed_about_noise"]
+@pytest.fixture(scope="module")
+def alone():
+    """A scan without halves, on a scanner whose noise can be measured."""
+    patient = virtual_patient(load_anatomy("ahba-15496"), 3, slices=14)
+    scan = Scanner().scan(patient, 20)
+    return Scan(scan.lpet, scan.mr, spet=scan.spet, mask=scan.mask, name="alone")
+
+
+def test_sure_without_halves_learns_from_measured_noise_and_says_what_it_measured(tiny, alone):
+    settings = dataclasses.replace(FEW, steps=20, batch=4, learning_rate=5e-3, ema=0.7, validate_every=5)
+    *_, last = train_stage2(tiny, alone, settings=settings, device="cpu", workers=1)
+    before, after = (m.restore(alone, 1).coarse for m in (tiny, last.model))
+    assert psnr(after, alone.spet, alone.mask) > psnr(before, alone.spet, alone.mask) + 0.05
+    card = last.model.card
+    assert card["adaptation"]["objective"] == "sure" and card["refused"] is None
+    assert abs(card["noise"][0]["axial_correlation"][0]) < 0.15
+
+
+def test_a_batch_of_measured_noise_is_drawn_anew_and_always_the_same(alone):
+    data = [TargetSlices([alone], FEW, 3) for _ in range(2)]
+    first, again, other = data[0].batch(1), data[1].batch(1), data[0].batch(2)
+    assert torch.equal(first["noise"], again["noise"])
+    assert first["noise"].shape == other["noise"].shape and not torch.equal(first["noise"], other["noise"])
+
+
+def test_where_the_noise_cannot_be_measured_the_parent_is_kept(tiny, tmp_path):
+    """Today's fault: 3 dB lost, with exit status 0 and a falling held-out loss. On a reconstruction that filters in all
+    three directions anatomy and noise look alike; the guard sees that without a ground truth."""
+    patient = virtual_patient(load_anatomy("ahba-15496"), 3, slices=14)
+    scan = dataclasses.replace(Scanner.shifted("old-reconstruction").scan(patient, 20), spet=None, activity=None)
+    (state,) = train_stage2(tiny, scan, "sure", settings=FEW, out=tmp_path, device="cpu", workers=1)
+    assert state.step == state.best == 0 and state.model.fingerprint == tiny.fingerprint
+    assert "too alike" in state.model.card["refused"]
+    assert load_model(tmp_path / WEIGHTS, "cpu").fingerprint == tiny.fingerprint
 
 
 def test_the_objective_has_one_place(tiny, measured):
@@ -268,8 +268,8 @@ def test_the_objective_has_one_place(tiny, measured):
         next(train_stage2(tiny, measured, "split", settings=settings, device="cpu", workers=1))
 
 
-def test_auto_takes_the_halves_if_there_are_any(tiny, measured):
-    chosen = [TargetSlices([s], FEW, 3).settings.objective for s in (measured, Scan(measured.lpet, name="alone"))]
+def test_auto_takes_the_halves_if_there_are_any(measured, alone):
+    chosen = [TargetSlices([s], FEW, 3).settings.objective for s in (measured, alone)]
     assert chosen == ["split", "sure"]
 
 
