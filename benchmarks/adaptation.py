@@ -4,19 +4,24 @@
     python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay
     python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
+    python benchmarks/adaptation.py --alone                 # the user who has nothing but the scan: 4 minutes a target
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
 the oracle learns from the SPETs of `OTHERS` patients of the same shift, heads of the training set, in all its weights
 and without rehearsal. For the shifts in `COHORT`, split and sure learn from these patients too, without the SPETs. `in
-distribution` is a patient of the default scanner, restored with the weights that were adapted to the target. Writes
-results/adaptation.json and .png, and the rows of group "adapt" in results/targets.json.
+distribution` is a patient of the default scanner, restored with the weights that were adapted to the target. `--alone`
+takes the halves away: 'sure' with the noise that is measured on the LPET, on every shift and on a second simulator that
+no training sees (second_simulator.py), a target for each tracer and seed. Writes results/adaptation.json and .png, and
+the rows of group "adapt" in results/targets.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from typing import Annotated
 
 import matplotlib.pyplot as plt
@@ -25,6 +30,7 @@ import typer
 from tqdm import tqdm
 
 from mfdiff_lite import metrics
+from mfdiff_lite.baselines import gaussian, tune
 from mfdiff_lite.config import TEST_ANATOMIES, TRAIN_ANATOMIES, Adaptation, load_profile
 from mfdiff_lite.evaluation import score
 from mfdiff_lite.model import MFdiff, load_pretrained
@@ -34,11 +40,13 @@ from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
 from mfdiff_lite.stage2 import train_stage2
 from results import DOSE, LESIONS, RESULTS, Targets, write_json, write_readme
+from second_simulator import second_scan
 
 PAIRS = ("wide-psf+few-counts", "amyloid+t2-mr")
 COHORT = ("edge-scanner", "amyloid")  # where split and sure also learn from other patients and not from the target
 OTHERS = 10  # patients of a shift beside the target
 K = 4  # samples of a restoration
+SEEDS, TRACERS = (3, 4), ("fdg", "amyloid", "fdopa")  # targets of the second simulator
 GOALS = {
     "oracle_gap": ("PSNR of the oracle over stage 1 on OOD emulations, mean over shifts", "dB", ">=", 0.7, None),
     "gap_closed": ("share of that gap closed by stage 2 'split'", "%", ">=", 40.0, 65.0),
@@ -47,6 +55,10 @@ GOALS = {
     "id_loss": ("PSNR lost in distribution after 'split', mean over shifts", "dB", "<=", 0.2, 0.1),
     "from_scratch": ("stage 2 'split' over the same from random weights, mean over shifts", "dB", ">=", 1.0, 2.0),
     "stop_rule": ("PSNR at the stop rule's step below the best validation in hindsight", "dB", "<=", 0.2, 0.05),
+    "alone_worst": ("'sure' without halves minus stage 1, worst of all targets", "dB", ">=", -0.1, 0.0),
+    "alone_share": ("its mean gain over the shifts as a share of that of 'sure' with halves", "%", ">=", 60.0, 85.0),
+    "alone_second": ("its mean gain on the second simulator", "dB", ">=", 0.3, 0.8),
+    "alone_contrast": ("PET-only contrast kept after it, minus stage 1", "", ">=", -0.03, 0.0),
     "minutes": ("adapting to one 64-slice scan by 'split'", "min", "<=", 15.0, 5.0),
 }
 
@@ -119,6 +131,38 @@ def from_scratch(parent: MFdiff, scan: Scan, settings: Adaptation) -> dict:
     return judged(adapted(blank, scan, "split", unbound(settings))[0], scan)
 
 
+def measure_alone(parent: MFdiff, scan: Scan, settings: Adaptation) -> dict:
+    """'sure' on a scan without halves: the target before and after, what the guard said, and what the stop rule did."""
+    rows = {"LPET": score(scan.lpet, scan.spet, scan.mask, scan), "stage 1": judged(parent, scan)}
+    model, state, _ = adapted(parent, dataclasses.replace(scan, halves=None), "sure", settings)
+    rows["sure"] = judged(model, scan)
+    fwhm = tune(gaussian, [scan], fwhm=np.arange(2.0, 12.1, 0.5))["fwhm"]  # on the target's own SPET: a bound
+    rows["best Gaussian"] = score(gaussian(scan, fwhm), scan.spet, scan.mask, scan)
+    card = model.card
+    return {"target": rows, "refused": card["refused"], "noise": card["noise"], "kept": state.best, "steps": state.step}
+
+
+def alone_targets(slices: int, anatomy: str) -> dict[str, Callable[[], Scan]]:
+    """Name -> target: the shifts' own, and those of the second simulator."""
+    made = {s: functools.partial(target, s, 910_000, slices, anatomy) for s in (*SHIFTS, *PAIRS)}
+    for seed, tracer in itertools.product(SEEDS, TRACERS):
+        made[f"second {tracer} {seed}"] = functools.partial(
+            second_scan, anatomy, seed, tracer, DOSE, slices=slices, halves=True
+        )
+    return made
+
+
+def alone(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
+    """Measure what is not measured yet, target by target."""
+    held = found.setdefault("alone", {})
+    for name, make in tqdm(alone_targets(slices, anatomy).items(), desc="alone", unit="target"):
+        if name not in held:
+            held[name] = measure_alone(parent, make(), settings)
+            line = {key: float(round(row["psnr"], 2)) for key, row in held[name]["target"].items()}
+            tqdm.write(f"{name}: {line}, kept step {held[name]['kept']}, refused: {held[name]['refused']}")
+            write_json("adaptation.json", found)
+
+
 def unbound(settings: Adaptation) -> Adaptation:
     """All weights, without rehearsal: of what stage 2 is compared with."""
     return dataclasses.replace(settings, trained="all", rehearsal=0.0)
@@ -140,6 +184,25 @@ def report(found: dict, targets: Targets) -> None:
     targets.add("from_scratch", *metrics.mean_ci(gained(shifts, "split", over="from scratch")))
     targets.add("stop_rule", *metrics.mean_ci([one["stop_rule_loss"] for one in shifts.values()]))
     targets.add("minutes", found["minutes_64_slices"])
+    if "alone" in found:
+        report_alone(found, targets)
+
+
+def report_alone(found: dict, targets: Targets) -> None:
+    """The rows of the user who has nothing but the scan."""
+    held = found["alone"]
+    gain = {name: one["target"]["sure"]["psnr"] - one["target"]["stage 1"]["psnr"] for name, one in held.items()}
+    known = [name for name in gain if name in found["shifts"]]
+    with_halves = gained({name: found["shifts"][name] for name in known}, "sure")
+    second = [value for name, value in gain.items() if name.startswith("second")]
+    contrast = [
+        one["target"]["sure"]["contrast_kept"] - one["target"]["stage 1"]["contrast_kept"] for one in held.values()
+    ]
+    targets.add("alone_worst", min(gain.values()))
+    targets.add("alone_share", 100 * sum(gain[name] for name in known) / with_halves.sum())
+    targets.add("alone_contrast", *metrics.mean_ci(contrast))
+    if second:
+        targets.add("alone_second", *metrics.mean_ci(second))
 
 
 def picture(shifts: dict[str, dict]) -> None:
@@ -197,17 +260,18 @@ def main(
     steps: Annotated[int, typer.Option(help="of stage 2, at most")] = Adaptation.steps,
     anatomy: Annotated[str, typer.Option(help="another one than the test anatomy writes nothing")] = TEST_ANATOMIES[0],
     learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
+    only_alone: Annotated[bool, typer.Option("--alone", help="only the targets without halves")] = False,
 ) -> None:
     """Adapt to each shift and compare with stage 1 and the oracle."""
     elsewhere = anatomy != TEST_ANATOMIES[0]
     parent, settings = load_pretrained("cpu"), Adaptation(steps=steps, learning_rate=learning_rate)
     path = RESULTS / "adaptation.json"
     setting = {"dose_reduction": DOSE, "slices": slices, "samples": K, "steps": steps, "others": OTHERS}
-    setting["parent"] = parent.fingerprint
+    setting["parent"] = parent.card.get("rounded_from", parent.fingerprint)
     found = json.loads(path.read_text()) if path.exists() and not elsewhere else {}
     if found.get("setting") != setting:  # measured in another way, or with other weights
         found = {"setting": setting, "shifts": {}}
-    chosen = shifts or [shift for shift in (*SHIFTS, *PAIRS) if shift not in found["shifts"]]
+    chosen = [] if only_alone else shifts or [shift for shift in (*SHIFTS, *PAIRS) if shift not in found["shifts"]]
     for shift in tqdm(chosen, desc="shifts", unit="shift"):
         one = found["shifts"][shift] = measure(parent, shift, settings, slices, anatomy)
         line = {name: float(round(row["psnr"], 2)) for name, row in one["target"].items()}
@@ -217,6 +281,7 @@ def main(
             write_json("adaptation.json", found)
     if elsewhere:
         return
+    alone(parent, settings, found, slices, anatomy)
     held = found.setdefault("cohort", {})
     for shift in tqdm([shift for shift in COHORT if shift not in held], desc="other patients", unit="shift"):
         held[shift] = from_others(parent, shift, settings, slices, anatomy)

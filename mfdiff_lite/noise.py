@@ -48,25 +48,24 @@ class NoiseModel:
 
     def _in_plane(self, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Local SD, and covariance of u over in-plane lags, wrapped round as FFTs have it."""
-        inside, sd, found, trust = mask.astype(np.float32), np.ones_like(image), [], []
-        seen = fft.rfft2(inside, self.padded, axes=(0, 1))
-        pairs = fft.irfft2((np.abs(seen) ** 2).sum(-1), self.padded)
+        differences = []
         for d in DISTANCES:
-            factor = 1.5 - 2 * self.rho[d] + self.rho[2 * d] / 2
-            difference = second_difference(image, d) / np.sqrt(max(factor, 0.03))
-            if d == DISTANCES[0]:
-                sd = np.sqrt(_local(difference**2 * inside) / np.maximum(_local(inside), 1e-3) + 1e-12)
+            factor = max(1.5 - 2 * self.rho[d] + self.rho[2 * d] / 2, 0.03)
+            differences.append((second_difference(image, d) / np.sqrt(factor), np.sqrt(factor / d)))
+        sd = _local_sd(image, differences[0][0], mask)
+        seen = fft.rfft2(mask.astype(np.float32), self.padded, axes=(0, 1))
+        pairs = fft.irfft2((np.abs(seen) ** 2).sum(-1), self.padded)
+        found = []
+        for difference, _ in differences:
             spectrum = fft.rfft2(np.where(mask, difference / sd, 0), self.padded, axes=(0, 1))
             products = fft.irfft2((np.abs(spectrum) ** 2).sum(-1), self.padded)
             found.append(products / np.maximum(pairs, 1e-3 * pairs.max()))
-            trust.append(np.sqrt(max(factor, 0.03) / d))
-        line = np.stack([np.ones(len(DISTANCES)), np.array(DISTANCES, float)], 1) * np.array(trust)[:, None]
-        values = np.stack(found).reshape(len(DISTANCES), -1) * np.array(trust)[:, None]
-        covariance = np.linalg.lstsq(line, values, rcond=None)[0][0].reshape(self.padded)
+        trust = np.array([weight for _, weight in differences])[:, None]
+        line = np.stack([np.ones(len(DISTANCES)), np.array(DISTANCES, float)], 1)
+        values = np.stack(found).reshape(len(DISTANCES), -1)
+        covariance = np.linalg.lstsq(trust * line, trust * values, rcond=None)[0][0].reshape(self.padded)
         x, y = (fft.fftfreq(n, 1 / n) for n in self.padded)
-        taper = np.exp(-0.5 * (x[:, None] ** 2 + y[None, :] ** 2) / REACH**2)
-        fall = _local(image) / np.maximum(_local(image * inside) / np.maximum(_local(inside), 1e-3), 1e-6)
-        return np.where(mask, sd, sd * np.sqrt(np.clip(fall, 0, 1))).astype(np.float32), covariance * taper
+        return sd, covariance * np.exp(-0.5 * (x[:, None] ** 2 + y[None, :] ** 2) / REACH**2)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """A probe (X, Y, Z) float32 with the noise's covariance, independent of the noise itself."""
@@ -89,6 +88,18 @@ class NoiseModel:
         if self.floor > MOST_ANATOMY:
             return f"anatomy and noise cannot be told apart (share of anatomy {self.floor:.2f})"
         return None
+
+
+def _local_sd(image: np.ndarray, difference: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Counting noise grows with activity: its variance as a function of the smoothed image, times a slow field."""
+    guide = ndimage.gaussian_filter(image, (1.5, 1.5, 0.8), mode="nearest")
+    steps = np.quantile(guide[mask], np.linspace(0, 1, 21))
+    level = np.clip(np.searchsorted(steps, guide) - 1, 0, 19)
+    centre, variance = (np.array([v[mask & (level == i)].mean() for i in range(20)]) for v in (guide, difference**2))
+    expected = np.interp(guide, centre, variance) * np.clip(guide / centre[0], 0.01, 1)
+    inside = mask.astype(np.float32)
+    slow = _local(difference**2 / expected * inside) / np.maximum(_local(inside), 1e-3)
+    return np.sqrt(expected * np.where(_local(inside) > 0.1, slow, 1.0)).astype(np.float32)
 
 
 def second_difference(image: np.ndarray, d: int) -> np.ndarray:

@@ -146,6 +146,7 @@ class TargetSlices:
             images["noise"] = (a - b) / 2
         else:
             noise = NoiseModel(view.lpet, view.mask)
+            images["weight"] = view.mask.astype(float)  # beyond the brain the noise is not known well enough
         z = view.shape[2]
         if z < HELD_OUT:
             raise ValueError(

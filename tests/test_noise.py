@@ -1,5 +1,5 @@
-"""The noise measured on one image: its power, its colour in plane and across slices, what follows from them for SURE with
-the network that ships, and the images on which nobody could measure it."""
+"""The noise measured on one image: its power, its colour in plane and across slices, what follows for SURE with the
+shipped network, and the images on which nobody could measure it."""
 
 import numpy as np
 import pytest
