@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from mfdiff_lite import __main__ as cli
 from mfdiff_lite.config import load_profile
+from mfdiff_lite.files import load_scan
 from mfdiff_lite.model import MFdiff, load_model, save_model
 
 NAMES = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions", "half_a", "half_b")
@@ -124,6 +125,33 @@ def restore(lpet, mr, out, weights, *more):
 
 
 # ---- the good road -------------------------------------------------------------------------------------------------
+
+
+def test_version_says_which_code_it_is():
+    done = run("--version")
+    assert done.exit_code == 0 and re.fullmatch(r"mfdiff_lite \S+ \(revision \S+\)", done.stdout.strip())
+
+
+def test_restore_without_an_mr_is_from_pet_alone(tmp_path, files, weights):
+    """Today's fault: --mr was required, though the library can do without."""
+    lpet, _, out = files
+    target = out / "alone.nii.gz"
+    done = run("restore", "--lpet", lpet, "--out", target, "--weights", weights, "--samples", 1, "--dose-reduction", 20)
+    assert done.exit_code == 0, done.output
+    alone = load_model(weights, "cpu").restore(load_scan(lpet, dose_reduction=20), 1).mean
+    np.testing.assert_allclose(nib.load(target).get_fdata(), alone, atol=1e-4)
+    assert "warning" not in done.stderr
+
+
+def test_a_dose_that_is_not_given_is_assumed_aloud(files, weights):
+    lpet, mr, out = files
+    done = restore(lpet, mr, out / "out.nii.gz", weights)
+    assert done.exit_code == 0 and "mfdiff_lite: warning: " in done.stderr
+    assert re.search(
+        "expected its dose-reduction factor, found none given; 20 is assumed.*--dose-reduction", done.stderr
+    )
+    told = restore(lpet, mr, out / "told.nii.gz", weights, "--dose-reduction", 20)
+    assert told.exit_code == 0 and "warning" not in told.stderr
 
 
 def test_simulate_writes_a_whole_case(case):

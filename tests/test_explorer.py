@@ -554,6 +554,13 @@ def test_show_cuts_nothing_off_and_covers_nothing(monkeypatch):
     assert above.get_window_extent().y0 > axes[0].title.get_window_extent().y1
 
 
-def test_looking_does_not_wait_for_torch():
-    code = "import sys, mfdiff_lite.look; print('torch' in sys.modules)"
+def test_explore_takes_what_compare_takes(scan):
+    """A dict of images beside a scan: the same door."""
+    image = scan.spet * 0.5
+    found = explore(scan, {"halved": image, "SPET again": scan.spet}).values
+    assert {"LPET", "halved", "SPET again"} <= set(found)
+
+
+def test_looking_and_loading_do_not_wait_for_torch():
+    code = "import sys, mfdiff_lite as mf; mf.explore, mf.load_scan, mf.Scan, mf.compare; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -148,8 +148,8 @@ def explore(
     """Look through a case with sliders; show it as the last line of a notebook cell.
 
     scan: a `Scan`, or any volumes as name -> array, tensor or NIfTI path. The first sets the grid; files on another one
-    are resampled to it, arrays must have its shape. restored: a `Restoration`, or one such volume. arrays: more of them
-    by name, with the PET window; names that begin with "MR", "SD" or "gate" have windows of their own. voxel_size [mm],
+    are resampled to it, arrays must have its shape. restored: a `Restoration`, one such volume, or a dict of them, as
+    `compare` takes it. arrays: more of them by name, with the PET window; names that begin with "MR", "SD" or "gate" have windows of their own. voxel_size [mm],
     unit: of volumes that are not in a `Scan`. A 2-D slice leaves no plane or slice to choose. Raises ValueError for
     another shape and for NaN, OSError for a file that cannot be read.
     """
@@ -157,5 +157,7 @@ def explore(
         affine = np.diag([*np.broadcast_to(np.asarray(voxel_size, float), 3), 1.0])
         given = {**scan, **({} if restored is None else {"restored": restored}), **arrays}
         return SliceExplorer(Case.of_volumes(given, "volumes", unit, affine))
+    if isinstance(restored, Mapping):
+        restored, arrays = None, {**restored, **arrays}
     gate = getattr(restored, "gate", None) if scan.mr is not None else None
     return SliceExplorer(Case.of(scan, restored, **{**arrays, "gate": arrays.get("gate", gate)}))
