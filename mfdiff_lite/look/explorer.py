@@ -149,9 +149,9 @@ def explore(
 
     scan: a `Scan`, or any volumes as name -> array, tensor or NIfTI path. The first sets the grid; files on another one
     are resampled to it, arrays must have its shape. restored: a `Restoration`, one such volume, or a dict of them, as
-    `compare` takes it. arrays: more of them by name, with the PET window; names that begin with "MR", "SD" or "gate" have windows of their own. voxel_size [mm],
-    unit: of volumes that are not in a `Scan`. A 2-D slice leaves no plane or slice to choose. Raises ValueError for
-    another shape and for NaN, OSError for a file that cannot be read.
+    `compare` takes it. arrays: more of them by name, with the PET window; names that begin with "MR", "SD" or "gate"
+    have windows of their own. voxel_size [mm], unit: of volumes that are not in a `Scan`. A 2-D slice leaves no plane
+    or slice to choose. Raises ValueError for another shape and for NaN, OSError for a file that cannot be read.
     """
     if isinstance(scan, Mapping):
         affine = np.diag([*np.broadcast_to(np.asarray(voxel_size, float), 3), 1.0])
