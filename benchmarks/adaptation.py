@@ -5,6 +5,7 @@
     python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
     python benchmarks/adaptation.py --alone                 # the user who has nothing but the scan: 4 minutes a target
+    python benchmarks/adaptation.py --report                # tables, figure and targets of what is measured
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
 the oracle learns from the SPETs of `OTHERS` patients of the same shift, heads of the training set, in all its weights
@@ -144,12 +145,12 @@ def measure_alone(parent: MFdiff, scan: Scan, settings: Adaptation) -> dict:
 
 def alone_targets(slices: int, anatomy: str) -> dict[str, Callable[[], Scan]]:
     """Name -> target: the shifts' own, and those of the second simulator."""
-    made = {s: functools.partial(target, s, 910_000, slices, anatomy) for s in (*SHIFTS, *PAIRS)}
+    made: dict[str, Callable[[], Scan]] = {}
     for seed, tracer in itertools.product(SEEDS, TRACERS):
         made[f"second {tracer} {seed}"] = functools.partial(
             second_scan, anatomy, seed, tracer, DOSE, slices=slices, halves=True
         )
-    return made
+    return made | {s: functools.partial(target, s, 910_000, slices, anatomy) for s in (*SHIFTS, *PAIRS)}
 
 
 def alone(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
@@ -252,6 +253,23 @@ def cohort_block(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def alone_block(found: dict) -> str:
+    """PSNR [dB] and PET-only contrast kept of the targets without halves; what the guard refused."""
+    if not found.get("alone"):
+        return ""
+    lines = [
+        "",
+        "| without halves | LPET | best Gaussian | stage 1 | sure | PET-only contrast kept: stage 1, sure | guard |",
+    ]
+    lines.append("|---" * 7 + "|")
+    for name, one in found["alone"].items():
+        rows = one["target"]
+        cells = [f"{rows[key]['psnr']:.2f}" for key in ("LPET", "best Gaussian", "stage 1", "sure")]
+        cells.append(", ".join(f"{rows[key]['contrast_kept']:.2f}" for key in ("stage 1", "sure")))
+        lines.append(f"| {name} | " + " | ".join([*cells, "refused" if one["refused"] else "let through"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(
     shifts: Annotated[
         list[str] | None, typer.Argument(help="names, '+' joins two; default: all that these weights have no result of")
@@ -261,6 +279,7 @@ def main(
     anatomy: Annotated[str, typer.Option(help="another one than the test anatomy writes nothing")] = TEST_ANATOMIES[0],
     learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
     only_alone: Annotated[bool, typer.Option("--alone", help="only the targets without halves")] = False,
+    only_report: Annotated[bool, typer.Option("--report", help="measure nothing, write what is measured")] = False,
 ) -> None:
     """Adapt to each shift and compare with stage 1 and the oracle."""
     elsewhere = anatomy != TEST_ANATOMIES[0]
@@ -271,7 +290,11 @@ def main(
     found = json.loads(path.read_text()) if path.exists() and not elsewhere else {}
     if found.get("setting") != setting:  # measured in another way, or with other weights
         found = {"setting": setting, "shifts": {}}
-    chosen = [] if only_alone else shifts or [shift for shift in (*SHIFTS, *PAIRS) if shift not in found["shifts"]]
+    chosen = (
+        []
+        if only_alone or only_report
+        else shifts or [shift for shift in (*SHIFTS, *PAIRS) if shift not in found["shifts"]]
+    )
     for shift in tqdm(chosen, desc="shifts", unit="shift"):
         one = found["shifts"][shift] = measure(parent, shift, settings, slices, anatomy)
         line = {name: float(round(row["psnr"], 2)) for name, row in one["target"].items()}
@@ -281,7 +304,8 @@ def main(
             write_json("adaptation.json", found)
     if elsewhere:
         return
-    alone(parent, settings, found, slices, anatomy)
+    if not only_report:
+        alone(parent, settings, found, slices, anatomy)
     held = found.setdefault("cohort", {})
     for shift in tqdm([shift for shift in COHORT if shift not in held], desc="other patients", unit="shift"):
         held[shift] = from_others(parent, shift, settings, slices, anatomy)
@@ -297,7 +321,7 @@ def main(
     targets.show()
     targets.write()
     picture(found["shifts"])
-    write_readme(readme_block(found["shifts"]) + cohort_block(found), "adaptation")
+    write_readme(readme_block(found["shifts"]) + cohort_block(found) + alone_block(found), "adaptation")
 
 
 if __name__ == "__main__":

@@ -303,11 +303,11 @@ def _add_lesions(mask, uptake, mr, levels, ranges, rng):
     counts = [rng.poisson(volume_ml / 100 * rng.uniform(*ranges.lesions_per_100ml)) for _ in LESION_KINDS]
     for kind in rng.permutation(np.repeat(LESION_KINDS, counts))[:80] if len(places) else []:
         radius = rng.uniform(*ranges.lesion_radius)
-        centre = _free_place(places, taken, radius, rng)
+        centre = free_place(places, taken, radius, rng)
         if centre is None:
             continue
         hot = bool(rng.random() < 0.5)
-        near, inside = _ellipsoid(mask.shape, centre, radius, rng.uniform(0.85, 1.18, 3))
+        near, inside = ellipsoid(mask.shape, centre, radius, rng.uniform(0.85, 1.18, 3))
         if kind != "mr-only":
             value = _lesion_uptake(hot, levels, ranges, rng)
             uptake[near] += inside * (value - uptake[near])
@@ -323,7 +323,7 @@ def _add_lesions(mask, uptake, mr, levels, ranges, rng):
     return lesions, tuple(table)
 
 
-def _free_place(places, taken, radius, rng) -> np.ndarray | None:
+def free_place(places, taken, radius, rng) -> np.ndarray | None:
     """A voxel at which a lesion keeps 6 mm from all others; None if twenty draws find none."""
     for _ in range(20):
         centre = places[rng.integers(len(places))]
@@ -332,7 +332,7 @@ def _free_place(places, taken, radius, rng) -> np.ndarray | None:
     return None
 
 
-def _ellipsoid(shape, centre, radius, stretch) -> tuple[tuple[slice, ...], np.ndarray]:
+def ellipsoid(shape, centre, radius, stretch) -> tuple[tuple[slice, ...], np.ndarray]:
     """Where a lesion lies, and how much of each voxel there it fills, [0, 1]."""
     reach = int(np.ceil(radius * 1.2 / VOXEL)) + 2
     near = tuple(slice(max(0, c - reach), min(n, c + reach + 1)) for c, n in zip(centre, shape, strict=True))

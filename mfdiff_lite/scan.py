@@ -138,7 +138,9 @@ def _finite(array: np.ndarray, called: str) -> np.ndarray:
 def _signal(array: np.ndarray, called: str) -> np.ndarray:
     array = _finite(array, called)
     if not array.any():
-        raise ValueError(f"{called}: expected an image, found only zeros; check the export, or leave an MR out")
+        raise ValueError(
+            f"{called}: expected an image, found only zeros; check the export (an MR may be left out: mr=None)"
+        )
     return array
 
 

@@ -12,6 +12,11 @@ LPET (f is told its dose), the target gets noisier, and the two stay uncorrelate
 covariance of the noise and draws n anew for every batch (`noise.NoiseModel`); where that cannot be trusted, the parent
 is kept. That stage 2 is self-supervised on the target's own LPET and MR is our interpretation of the paper.
 
+Both would smooth small lesions away, because few voxels are in one. So changes d that look like lesions, hot and cold,
+are added to the LPET, and the network may not show less of them than its parent did: to the loss comes
+
+    KEEP mean(max(0, R_parent - R)^2)          R = <f(y + d) - f(y), d> / <d, d>         the contrast kept, by slice
+
 Trained are `specific_parameters` alone, on batches of which a share is stage 1's simulated data, against forgetting.
 Every fifth slice of the target is held out; the weights with the lowest loss *there* are kept, the parent's included,
 so no ground truth decides when to stop.
@@ -27,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
 from .cohort import SliceDataset, make_cohort
@@ -35,6 +41,7 @@ from .diffusion import NoiseSchedule
 from .loop import Plan, TrainingState, accelerator_on, refuse_to_mix, training_loop
 from .model import MFdiff, residual_sd
 from .noise import SLICES, NoiseModel
+from .phantom import ellipsoid, free_place
 from .scan import Scan
 from .view import ModelView
 
@@ -42,6 +49,9 @@ WEIGHTS = "stage2.safetensors"
 MIX = 0.5  # share of the halves' difference in the input of "split": 1 takes the halves themselves
 PROBE = 0.05  # step e of the divergence, in SDs of the noise
 HELD_OUT = 5  # every so many slices one is held out
+KEEP = 20.0  # weight of the contrast of lesions that the parent shows
+LESIONS_A_SLICE = 2
+ENOUGH = 40  # steps on measured noise: with more, the network learns the errors of the estimate
 PROBES = 2  # drawn for the held-out slices, where the noise was measured
 
 
@@ -71,13 +81,14 @@ def train_stage2(
     settings = data.settings
     folder = refuse_to_mix(out, resume)
     accelerator = accelerator_on(device)
+    student = copy.deepcopy(model).to(accelerator.device)
+    data.remember(student)
     if settings.rehearsal and not data.doubt:
         data.rehearse(workers)
-    student = copy.deepcopy(model)
     trained = specific_parameters(student) if settings.trained == "specific" else list(student.parameters())
     plan = Plan(
         trained=trained,
-        steps=0 if data.doubt else settings.steps,
+        steps=0 if data.doubt else min(settings.steps, ENOUGH) if data.measured else settings.steps,
         learning_rate=lambda _: settings.learning_rate,
         ema=settings.ema,
         check_every=settings.validate_every,
@@ -147,6 +158,7 @@ class TargetSlices:
         else:
             noise = NoiseModel(view.lpet, view.mask)
             images["weight"] = view.mask.astype(float)  # beyond the brain the noise is not known well enough
+        images["lesions"] = lesion_like(view.mask, np.random.default_rng([self.settings.seed, 53]))
         z = view.shape[2]
         if z < HELD_OUT:
             raise ValueError(
@@ -204,14 +216,17 @@ class TargetSlices:
         return batch
 
     def _slices(self, scan: dict[str, Any], chosen: np.ndarray, seed: list[int]) -> dict[str, Tensor]:
-        """The chosen slices: "lpet", "mr" and "noise" with their neighbours, (B, context, H, W), "weight" and "spet"
-        alone, (B, 1, H, W), and the dose (B,). seed: of the noise, where it is drawn."""
+        """The chosen slices: "lpet", "mr", "lesions" and "noise" with their neighbours, (B, context, H, W), "weight"
+        and "spet" alone, (B, 1, H, W), and the dose (B,). seed: of the noise, where it is drawn."""
         near = scan["view"].near(chosen)
         if scan["noise model"]:
             drawn_noise = scan["noise model"].draw(np.random.default_rng([self.settings.seed, *seed]))
             scan = scan | {"noise": torch.from_numpy(scan["view"].stack(drawn_noise))}
-        batch: dict[str, Tensor] = {name: scan[name][near] for name in ("lpet", "mr", "noise") if name in scan}
+        batch: dict[str, Tensor] = {
+            name: scan[name][near] for name in ("lpet", "mr", "lesions", "noise") if name in scan
+        }
         batch |= {name: scan[name][chosen][:, None] for name in ("weight", "spet") if name in scan}
+        batch |= {"contrast": scan["contrast"][chosen]} if "contrast" in scan else {}
         return batch | {"dose": torch.full((len(chosen),), float(scan["view"].scan.dose_reduction))}
 
     def _complete(self, batch: dict[str, Tensor], seed: list[int]) -> dict[str, Tensor]:
@@ -222,17 +237,41 @@ class TargetSlices:
         """The objective on one batch, a mean over voxels in units of the expected residual."""
         if self.settings.objective == "paired":
             return _supervised(model, batch)
-        dose, mr, noise = batch["dose"], batch["mr"], batch["noise"]
+        dose, noise = batch["dose"], batch["noise"]
         y, n = (x[:, self.context // 2, None] for x in (batch["lpet"], noise))  # (B, 1, H, W)
         weight = batch["weight"] / batch["weight"].mean() / residual_sd(dose) ** 2
-
-        def f(pet: Tensor, dose: Tensor) -> Tensor:
-            return model.fusion(pet, mr, dose).coarse
-
         if self.settings.objective == "split":  # y + MIX n has the variance of y times 1 + MIX^2
-            return (weight * (f(batch["lpet"] + MIX * noise, (1 + MIX**2) * dose) - (y - n / MIX)) ** 2).mean()
-        plain, probed = f(batch["lpet"], dose), f(batch["lpet"] + PROBE * noise, dose)
-        return (weight * ((plain - y) ** 2 + 2 * n * (probed - plain) / PROBE)).mean()
+            seen = batch | {"lpet": batch["lpet"] + MIX * noise, "dose": (1 + MIX**2) * dose}
+            plain = _estimate(model, seen)
+            return (weight * (plain - (y - n / MIX)) ** 2).mean() + self._lost(model, seen, plain)
+        plain, probed = _estimate(model, batch), _estimate(model, batch, PROBE * noise)
+        risk = (weight * ((plain - y) ** 2 + 2 * n * (probed - plain) / PROBE)).mean()
+        return risk + self._lost(model, batch, plain)
+
+    def _lost(self, model: Any, batch: dict[str, Tensor], plain: Tensor) -> Tensor | float:
+        """What the contrast that the parent shows and the model does not is worth, on half of the batch."""
+        if "contrast" not in batch:
+            return 0.0
+        some = {key: value[: (len(plain) + 1) // 2] for key, value in batch.items()}
+        lost = some["contrast"] - self._contrast(model, some, plain[: len(some["contrast"])])
+        return KEEP * (torch.relu(lost) ** 2).mean()
+
+    def _contrast(self, model: Any, batch: dict[str, Tensor], plain: Tensor) -> Tensor:
+        """How much of the lesion-like changes a model shows, (B,); plain: its estimate without them."""
+        change = batch["lesions"][:, self.context // 2, None]
+        shown = _estimate(model, batch, batch["lesions"]) - plain
+        return (shown * change).sum((1, 2, 3)) / (change**2).sum((1, 2, 3)).clamp(min=1e-3)
+
+    @torch.no_grad()
+    def remember(self, parent: MFdiff) -> None:
+        """Note the contrast of the lesion-like changes in the parent's eyes, slice by slice."""
+        device = next(parent.parameters()).device
+        for scan in self.scans:
+            shown = []
+            for z in np.array_split(np.arange(len(scan["lpet"])), -(-len(scan["lpet"]) // self.settings.batch)):
+                batch = {key: value.to(device) for key, value in self._slices(scan, z, [0]).items()}
+                shown.append(self._contrast(parent, batch, _estimate(parent, batch)).cpu())
+            scan["contrast"] = torch.cat(shown)
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
@@ -248,6 +287,25 @@ class TargetSlices:
                     both = [batch, batch | {"noise": -batch["noise"]}] if unpaired else [batch]
                     losses += [self.objective(model, one).item() for one in both for _ in some]
         return float(np.mean(losses))
+
+
+def _estimate(model: Any, batch: dict[str, Tensor], change: Tensor | float = 0.0) -> Tensor:
+    return model.fusion(batch["lpet"] + change, batch["mr"], batch["dose"]).coarse
+
+
+def lesion_like(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Changes of activity (X, Y, Z) that look like lesions of 6 to 12 mm through a scanner, hot and cold, in units of
+    the brain's mean, at places in `mask` that keep clear of each other."""
+    change, places = np.zeros(mask.shape, np.float32), np.argwhere(mask)
+    taken: list[tuple[np.ndarray, float]] = []
+    for _ in range(LESIONS_A_SLICE * mask.shape[2]):
+        radius = rng.uniform(3.0, 6.0)
+        centre = free_place(places, taken, radius, rng)
+        if centre is not None:
+            near, inside = ellipsoid(mask.shape, centre, radius, rng.uniform(0.85, 1.18, 3))
+            change[near] += rng.choice((-1.0, 1.0)) * rng.uniform(0.3, 0.8) * inside
+            taken.append((centre, radius))
+    return ndimage.gaussian_filter(change, 1.0)
 
 
 def drawn(images: Tensor, seed: list[int]) -> dict[str, Tensor]:

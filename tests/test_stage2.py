@@ -18,7 +18,7 @@ from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
-from mfdiff_lite.stage2 import MIX, WEIGHTS, TargetSlices, adapt, specific_parameters, train_stage2
+from mfdiff_lite.stage2 import MIX, WEIGHTS, TargetSlices, adapt, lesion_like, specific_parameters, train_stage2
 from mfdiff_lite.view import ActivityScale
 
 FEW = Adaptation(steps=6, batch=2, rehearsal_patients=1, validate_every=2, patience=3)
@@ -271,6 +271,32 @@ def test_the_objective_has_one_place(tiny, measured):
 def test_auto_takes_the_halves_if_there_are_any(measured, alone):
     chosen = [TargetSlices([s], FEW, 3).settings.objective for s in (measured, alone)]
     assert chosen == ["split", "sure"]
+
+
+def test_lesion_like_changes_lie_in_the_mask_clear_of_each_other_hot_and_cold():
+    mask = np.zeros((48, 48, 12), bool)
+    mask[8:40, 8:40] = True
+    change = lesion_like(mask, np.random.default_rng(0))
+    assert 0.05 < change.max() < 0.8 and -0.8 < change.min() < -0.05
+    for sign in (1, -1):
+        spots, count = ndimage.label(sign * change > 0.1)
+        centres = np.array(ndimage.center_of_mass(mask, spots, range(1, count + 1)))
+        assert count >= 3 and (centres[:, :2] > 6).all() and (centres[:, :2] < 41).all()
+    np.testing.assert_array_equal(change, lesion_like(mask, np.random.default_rng(0)))
+
+
+def test_a_network_that_shows_less_of_a_lesion_than_its_parent_pays_for_it(measured):
+    """An identity shows all of it, a filter less; who shows as much as the parent pays nothing."""
+    data = TargetSlices([measured], Adaptation(objective="split"), context=1)
+    parent, wider, narrower = Filter(4.0), Filter(8.0), Filter(2.0)
+    without = [data.held_out_loss(one) for one in (parent, wider, narrower)]
+    data.remember(Filter(1e-3))
+    assert data.scans[0]["contrast"].numpy() == pytest.approx(1, abs=1e-3)
+    data.remember(parent)
+    kept = data.scans[0]["contrast"]
+    assert 0.2 < kept.mean() < 0.95
+    cost = np.subtract([data.held_out_loss(one) for one in (parent, wider, narrower)], without)
+    assert cost[0] == pytest.approx(0, abs=1e-4) and cost[2] == pytest.approx(0, abs=1e-4) and cost[1] > 0.2
 
 
 SHIPPED = """
