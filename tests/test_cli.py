@@ -812,7 +812,7 @@ def test_adapt_resumes_after_ctrl_c(target, weights, tmp_path, monkeypatch):
     "more, halves, parts",
     [
         (["--objective", "split"], False, ["expected count halves", "'sure'"]),
-        (["--objective", "sure"], False, ["at least 12 slices", "cannot be estimated"]),
+        (["--objective", "sure"], False, ["at least 12 slices", "cannot be measured"]),
         (["--objective", "paired"], True, ["expected the SPET"]),
         (["--objective", "best"], True, ["objective: expected one of auto, split, sure, paired, found 'best'"]),
         (["--objective", "split", "speed=3"], True, ["unknown key 'speed'", "learning_rate"]),
