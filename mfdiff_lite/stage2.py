@@ -12,8 +12,9 @@ LPET (f is told its dose), the target gets noisier, and the two stay uncorrelate
 covariance of the noise and draws n anew for every batch (`noise.NoiseModel`); where that cannot be trusted, the parent
 is kept. That stage 2 is self-supervised on the target's own LPET and MR is our interpretation of the paper.
 
-Both would smooth small lesions away, because few voxels are in one. So changes d that look like lesions, hot and cold,
-are added to the LPET, and the network may not show less of them than its parent did: to the loss comes
+A mean over voxels smooths small lesions away, because few voxels are in one. So, with measured noise, changes d that
+look like lesions, hot and cold, are added to the LPET, and the network may not show less of them than its parent did
+(with halves it is not measured yet what that costs): to the loss comes
 
     KEEP mean(max(0, R_parent - R)^2)          R = <f(y + d) - f(y), d> / <d, d>         the contrast kept, by slice
 
@@ -71,9 +72,8 @@ def train_stage2(
     model is the adapted one.
 
     objective: "split", "sure" or "paired"; "auto" takes that of `settings`, or what the scans allow
-    (`chosen_objective`). out: folder for the checkpoint and the final
-    weights; None keeps nothing. resume: go on from the checkpoint in `out` if there is one. The given model is not
-    changed. Raises ValueError if a scan lacks what the objective needs, or if `objective` contradicts `settings`;
+    (`chosen_objective`). out: folder for the checkpoint and the final weights; None keeps nothing. resume: go on from
+    the checkpoint in `out` if there is one. The given model is not changed. Raises ValueError if a scan lacks what the objective needs, or if `objective` contradicts `settings`;
     FileExistsError if `out` holds a run and `resume` is off.
     """
     scans = [target] if isinstance(target, Scan) else list(target)
@@ -82,7 +82,8 @@ def train_stage2(
     folder = refuse_to_mix(out, resume)
     accelerator = accelerator_on(device)
     student = copy.deepcopy(model).to(accelerator.device)
-    data.remember(student)
+    if data.measured:
+        data.remember(student)
     if settings.rehearsal and not data.doubt:
         data.rehearse(workers)
     trained = specific_parameters(student) if settings.trained == "specific" else list(student.parameters())
