@@ -73,8 +73,8 @@ def train_stage2(
 
     objective: "split", "sure" or "paired"; "auto" takes that of `settings`, or what the scans allow
     (`chosen_objective`). out: folder for the checkpoint and the final weights; None keeps nothing. resume: go on from
-    the checkpoint in `out` if there is one. The given model is not changed. Raises ValueError if a scan lacks what the objective needs, or if `objective` contradicts `settings`;
-    FileExistsError if `out` holds a run and `resume` is off.
+    the checkpoint in `out` if there is one. The given model is not changed. Raises ValueError if a scan lacks what the
+    objective needs, or if `objective` contradicts `settings`; FileExistsError if `out` holds a run and `resume` is off.
     """
     scans = [target] if isinstance(target, Scan) else list(target)
     data = TargetSlices(scans, _settings(objective, settings), model.context)
