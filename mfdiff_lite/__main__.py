@@ -209,6 +209,7 @@ def restore(
     seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
     device: Device = "auto",
     report: Annotated[Path | None, typer.Option(help="also write an HTML page with pictures")] = None,
+    adapt_first: Annotated[bool, typer.Option("--adapt", help="stage 2 first: adapt to this scan, minutes")] = False,
     force: Force = False,
 ) -> None:
     """Restore a low-dose PET, with the help of an MR of the same head if there is one."""
@@ -227,6 +228,8 @@ def restore(
     _ready([out, std, report], [lpet, mr, weights], force)
     scan = load_scan(lpet, mr, dose_reduction=_known_dose(dose_reduction))
     model = _model(weights, device)
+    if adapt_first:
+        model = _adapted(model, scan, device)
     chosen: dict[str, Any] = {
         key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None
     }
@@ -244,6 +247,15 @@ def restore(
     print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
     for path in written:
         print(f"wrote {path}")
+
+
+def _adapted(model: MFdiff, scan: Scan, device: str) -> MFdiff:
+    from .stage2 import train_stage2
+
+    for state in _followed(train_stage2(model, scan, device=device), "stage 2", _gain, "the same command"):
+        last = state
+    print(_verdict(last))
+    return last.model
 
 
 def _report(path: Path, scan: Scan, restored: Restoration, lines: dict[str, Any], force: bool) -> Path:
@@ -448,16 +460,22 @@ def adapt(
         last = state
     save_model(last.model, out, last.model.card, force)
     shutil.rmtree(run)
-    card = last.model.card
-    print(f"objective: {card['adaptation']['objective']}")
-    if card["refused"]:
-        print(
-            f"refused: {card['refused']}; these are the parent's weights. Count halves (--half-a, --half-b) would help"
-        )
-    elif last.best == 0:
-        print("the held-out loss did not fall: these are the parent's weights, nothing on this target to gain")
+    print(_verdict(last))
     print(f"adapted from {_weights_line(parent, weights)}")
     print(f"wrote {out} (step {last.best} of {last.step}) and its card; use it with: restore --weights {out}")
+
+
+def _verdict(state: TrainingState) -> str:
+    """What stage 2 did, and why if nothing."""
+    card = state.model.card
+    if card["refused"]:
+        return (
+            f"refused: {card['refused']}; the parent's weights are kept. Two half-count images would help: see `adapt`"
+        )
+    if state.best == 0:
+        return "the held-out loss did not fall: the parent's weights are kept, nothing on this target to gain"
+    fall = state.curve[0]["loss"] - min(one["loss"] for one in state.curve)
+    return f"adapted by {card['adaptation']['objective']!r}: the held-out loss fell by {fall:.4f} (step {state.best})"
 
 
 def _gain(state: TrainingState) -> str:

@@ -19,7 +19,8 @@ from test_scan import BROKEN, affine_of, broken, head, write
 from typer.testing import CliRunner
 
 from mfdiff_lite import __main__ as cli
-from mfdiff_lite.config import load_profile
+from mfdiff_lite import stage2
+from mfdiff_lite.config import Adaptation, load_profile
 from mfdiff_lite.files import load_scan
 from mfdiff_lite.model import MFdiff, load_model, save_model
 
@@ -655,7 +656,9 @@ def test_help_names_every_option_with_its_meaning():
     for name, function in commands.items():
         text = " ".join(run(name, "--help").stdout.split())
         for parameter in inspect.signature(function).parameters:
-            option = {"json_out": "--json", "settings": "[settings]"}.get(parameter, "--" + parameter.replace("_", "-"))
+            option = {"json_out": "--json", "settings": "[settings]", "adapt_first": "--adapt"}.get(
+                parameter, "--" + parameter.replace("_", "-")
+            )
             assert option in text.lower(), (name, option)  # some typers shout the names of arguments
         for words in units[name]:
             assert words in text, (name, words)
@@ -785,12 +788,25 @@ def test_adapt_writes_weights_that_restore_and_say_where_they_come_from(target, 
     refused(again, "exists already", "--force")
 
 
+@pytest.mark.parametrize(
+    ("shift", "words"), [(None, "adapted by 'sure'|nothing on this target"), ("old-reconstruction", "refused: ")]
+)
+def test_restore_adapts_first_or_says_why_not(tmp_path, weights, monkeypatch, shift, words):
+    """Both stages in one command, for who has nothing but the scan; a guard that refuses still gives an image."""
+    folder, short = tmp_path / "case", Adaptation(steps=2, batch=2, validate_every=1, rehearsal=0.0)
+    assert run("simulate", "--out", folder, "--slices", 14, *(["--shift", shift] if shift else [])).exit_code == 0
+    monkeypatch.setattr(stage2, "Adaptation", lambda: short)
+    arguments = ["--lpet", folder / "lpet.nii.gz", "--mr", folder / "mr.nii.gz", "--dose-reduction", 20, "--adapt"]
+    arguments += ["--weights", weights, "--samples", 1, "--steps", 1]
+    done = run("restore", *arguments, "--out", folder / "out.nii.gz")
+    assert done.exit_code == 0 and re.search(words, done.stdout), done.output
+    assert (folder / "out.nii.gz").exists() and not list(tmp_path.glob("**/*.run"))
+
+
 def test_adapt_resumes_after_ctrl_c(target, weights, tmp_path, monkeypatch):
     """Cut after its first step: a `.run` folder holds it, --resume ends where an uncut run ends."""
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     assert run(*adapting(target, weights, whole, "--objective", "split")).exit_code == 0
-    from mfdiff_lite import stage2
-
     genuine = stage2.train_stage2
 
     def one_step(*args, **kwargs):
