@@ -121,8 +121,8 @@ def _key(settings: dict[str, Any]) -> str:
 
 def _stored(folder: Path, count: int = 0) -> list[np.ndarray] | None:
     """The images of at least `count` patients put together, mapped: the largest set, None if there is none."""
-    sizes = sorted({int(path.stem.rpartition("-")[2]) for path in folder.glob("dose-*.npy")}, reverse=True)
-    for size in sizes:
+    last = folder.glob(f"{ARRAYS[0]}-*.npy")  # the first of the arrays gets its name last
+    for size in sorted((int(path.stem.rpartition("-")[2]) for path in last), reverse=True):
         with contextlib.suppress(OSError, EOFError, ValueError):  # taken away by another process, or damaged
             arrays = [np.load(path, mmap_mode="r") for path in _files(folder, size)]
             return arrays if size >= count else None
@@ -137,7 +137,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     """A folder to write into, open to whom the cache is open to, and none of older versions beside it."""
     try:
         if not folder.is_dir():
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)  # another process may be as far
             folder.chmod(folder.parent.stat().st_mode & 0o7777)
         if not (folder / "settings.json").is_file():
             with _shared_file(folder / "settings.json") as partial:
