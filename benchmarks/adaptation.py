@@ -57,7 +57,13 @@ GOALS = {
     "from_scratch": ("stage 2 'split' over the same from random weights, mean over shifts", "dB", ">=", 1.0, 2.0),
     "stop_rule": ("PSNR at the stop rule's step below the best validation in hindsight", "dB", "<=", 0.2, 0.05),
     "alone_worst": ("'sure' without halves minus stage 1, worst of all targets", "dB", ">=", -0.1, 0.0),
-    "alone_share": ("its mean gain over the shifts as a share of that of 'sure' with halves", "%", ">=", 60.0, 85.0),
+    "alone_share": (
+        "its gain over the shifts but amyloid as a share of that of 'sure' with halves",
+        "%",
+        ">=",
+        60.0,
+        85.0,
+    ),
     "alone_second": ("its mean gain on the second simulator", "dB", ">=", 0.3, 0.8),
     "alone_contrast": ("PET-only contrast kept after it, minus stage 1", "", ">=", -0.03, 0.0),
     "minutes": ("adapting to one 64-slice scan by 'split'", "min", "<=", 15.0, 5.0),
@@ -193,7 +199,8 @@ def report_alone(found: dict, targets: Targets) -> None:
     """The rows of the user who has nothing but the scan."""
     held = found["alone"]
     gain = {name: one["target"]["sure"]["psnr"] - one["target"]["stage 1"]["psnr"] for name, one in held.items()}
-    known = [name for name in gain if name in found["shifts"]]
+    # The rows with halves of the amyloid shifts are of patients with other lesions (before 0.2.0), not of these.
+    known = [name for name in gain if name in found["shifts"] and "amyloid" not in name]
     with_halves = gained({name: found["shifts"][name] for name in known}, "sure")
     second = [value for name, value in gain.items() if name.startswith("second")]
     contrast = [
