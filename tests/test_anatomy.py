@@ -479,3 +479,11 @@ def test_reader_and_download_script_agree(fetched, monkeypatch):
         assert result.exit_code == 0, result.output
         assert f"{brainweb_module.data_folder().resolve() / 'openneuro-ds004513'}: " in result.output
     assert brainweb_module.data_folder() == download.DOWNLOADS
+
+
+def test_an_installed_package_looks_in_the_users_folder(tmp_path, monkeypatch):
+    """Today's fault: in site-packages/data/downloads, which no script fills."""
+    monkeypatch.delenv("MFDIFF_DATA", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setattr(brainweb_module, "__file__", str(tmp_path / "site-packages/mfdiff_lite/readers/brainweb.py"))
+    assert brainweb_module.data_folder() == tmp_path / "share" / "mfdiff_lite"
