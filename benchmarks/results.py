@@ -278,8 +278,11 @@ class Targets:
             raise RuntimeError(f"targets of group {self.group} that were never measured: {', '.join(missing)}")
         path = RESULTS / "targets.json"
         held = json.loads(path.read_text()) if path.exists() else []
-        mine = {row["id"] for row in self.rows}
-        write_json("targets.json", [row for row in held if row["id"] not in mine] + self.rows)
+        mine = {row["id"]: row for row in self.rows}
+        for old in held:  # a number that has not changed keeps the revision that it was measured at
+            if mine.get(old["id"], {}) | {"revision": old["revision"]} == old:
+                mine[old["id"]] = old
+        write_json("targets.json", [mine.pop(old["id"], old) for old in held] + list(mine.values()))
 
 
 def write_json(name: str, content: object) -> None:
