@@ -140,12 +140,11 @@ def script(name):
 @pytest.fixture(scope="module")
 def benchmarks():
     """The scripts of benchmarks/, as when they are run from their own folder."""
-    before = sys.modules.get("results")
-    sys.modules["results"] = results = script("results")
-    yield {"results": results} | {name: script(name) for name in ("evidence", "ablations", "adaptation", "course")}
-    del sys.modules["results"]
-    if before:
-        sys.modules["results"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
+        patch.setitem(sys.modules, "results", script("results"))
+        names = ("evidence", "ablations", "adaptation", "course")
+        yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
 @pytest.mark.parametrize("block", ["results", "evidence", "headline", "ablations", "continued", "adaptation"])
@@ -163,7 +162,9 @@ def test_the_readme_shows_what_the_results_files_hold(benchmarks, block):
             script["ablations"].readme_block(stored["continued"]) + script["ablations"].doses_block(stored["doses"])
         ),
         "adaptation": lambda script: (
-            script["adaptation"].readme_block(stored["shifts"]) + script["adaptation"].cohort_block(stored)
+            script["adaptation"].readme_block(stored["shifts"])
+            + script["adaptation"].cohort_block(stored)
+            + script["adaptation"].alone_block(stored)
         ),
     }[block](benchmarks)
     shown = (ROOT / "README.md").read_text().split(f"<!-- {block}:start -->\n")[1].split(f"<!-- {block}:end -->")[0]
