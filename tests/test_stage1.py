@@ -92,11 +92,15 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(uncut, tmp_path, monk
 
 def test_ctrl_c_between_two_steps_is_the_callers_and_loses_nothing(tmp_path):
     """Today's fault: while the generator was suspended, Ctrl-C in the caller's code did nothing until the next step."""
-    steps = train_stage1(TINY, tmp_path, device="cpu", workers=1)
-    next(steps)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)  # ended by the signal
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what started the tests may ignore it
+    try:
+        steps = train_stage1(TINY, tmp_path, device="cpu", workers=1)
+        next(steps)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)  # ended by the signal
+    finally:
+        signal.signal(signal.SIGINT, before)
     steps.close()
     assert next(train_stage1(TINY, tmp_path, resume=True, device="cpu", workers=1)).step == 2
 
