@@ -28,7 +28,7 @@ def load_scan(
     spet_path: str | Path | None = None,
     dose_reduction: float | None = None,
     mask_path: str | Path | None = None,
-    half_paths: tuple[str | Path | None, str | Path | None] = (None, None),
+    half_paths: tuple[str | Path | None, str | Path | None] | None = None,
 ) -> Scan:
     """Read a case from NIfTI files. The MR may lie on any grid: it is resampled to the PET by the affines; all else
     must lie on the PET's.
@@ -54,7 +54,10 @@ def load_scan(
         None if path is None else _if_grid_of(lpet, read_image(path), lpet_path, path)
         for path in (spet_path, mask_path)
     )
-    a, b = (None if path is None else _if_grid_of(lpet, read_image(path), lpet_path, path) for path in half_paths)
+    a, b = (
+        None if path is None else _if_grid_of(lpet, read_image(path), lpet_path, path)
+        for path in half_paths or (None, None)
+    )
     return Scan(
         lpet=image,
         mr=mr,

@@ -210,9 +210,9 @@ class MFdiff(nn.Module):
         return first, second, third
 
     def _warn_of_repeated_slices(self, view: ModelView) -> None:
-        """Weights from before training knew thin slabs take the noise of a repeated slice for signal."""
+        """Weights from before training knew thin slabs take the noise of a single, repeated slice for signal."""
         depth = view.shape[2]
-        if depth < self.context and not self.card.get("profile", {}).get("thin"):
+        if depth == 1 < self.context and not self.card.get("profile", {}).get("thin"):
             warnings.warn(
                 f"{view.scan.name}: expected at least {self.context} slices, found {depth}; these weights never saw "
                 "a slice repeated in its neighbours' place and restore one about as well as a Gaussian filter, 2 to 4 "
