@@ -102,6 +102,29 @@ def contrast_kept(
     return float(found.prod(1).sum() / (found[:, 1] ** 2).sum()) if len(found) else float("nan")
 
 
+def contrast_error(
+    x: np.ndarray,
+    reference: np.ndarray,
+    lesions: np.ndarray,
+    table: tuple[Lesion, ...],
+    brain: np.ndarray,
+    kind: str = "pet-only",
+    across: tuple[float, float] = (0.0, np.inf),
+    voxel_size: Voxel = (2.0, 2.0, 2.0),
+) -> dict[str, float]:
+    """How wrong a single lesion's contrast is, over the lesions that `contrast_kept` takes: "bias" (negative: contrast
+    lost, of hot and of cold lesions), "sd" beside it, and both together as "rms". A slope does not see the spread, and
+    noise can only raise it. NaN without lesions, "sd" with one.
+    """
+    chosen = [one for one in table if one.kind == kind and across[0] <= 2 * one.radius < across[1]]
+    found = _contrasts(x, reference, lesions, chosen, brain, voxel_size)
+    error = (found[:, 0] - found[:, 1]) * np.sign(found[:, 1])
+    if not len(error):
+        return dict.fromkeys(("bias", "sd", "rms"), float("nan"))
+    sd = float(error.std(ddof=1)) if len(error) > 1 else float("nan")
+    return {"bias": float(error.mean()), "sd": sd, "rms": float(np.sqrt((error**2).mean()))}
+
+
 def mr_leak(
     x: np.ndarray,
     reference: np.ndarray,
@@ -145,6 +168,40 @@ def texture(x: np.ndarray, region: np.ndarray, voxels: float = 2.0) -> float:
     `voxels` in the axial plane. In a SPET this is its noise."""
     fine = x - ndimage.gaussian_filter(x, (voxels, voxels, 0), mode="nearest")
     return float(fine[region].std())
+
+
+def channels(side: int) -> np.ndarray:
+    """Ten dense difference-of-Gaussian channels, which see what human readers see: (side^2, 10), rotationally
+    symmetric, none of them the mean (Abbey & Barrett 2001, table 1; frequencies in cycles per pixel)."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
+    widths = 0.005 * 1.4 ** np.arange(10)
+    bands = [np.exp(-0.5 * (frequency / (1.67 * w)) ** 2) - np.exp(-0.5 * (frequency / w) ** 2) for w in widths]
+    maps = np.fft.fftshift(np.fft.ifft2(bands).real, axes=(1, 2)).reshape(len(widths), -1).T
+    return maps / np.linalg.norm(maps, axis=0)
+
+
+def forced_choice(differences: np.ndarray, groups: np.ndarray, hotelling: bool = True) -> np.ndarray:
+    """Two-alternative forced choice with a known signal: is the patch that holds it rated higher than its twin?
+
+    differences: (n, c), patch with the signal minus the same background without it, with independent noise, seen
+    through c `channels` or as c pixels. groups: (n,), e.g. patients: each is rated with the template of all others.
+    The template is Hotelling's, cov(d)^-1 mean(d); without `hotelling` mean(d), an observer that does not prewhiten.
+
+    Returns (n,) 1 right, 0 wrong, 1/2 undecided; the mean is the area under the ROC curve (Green & Swets 1966). Raises
+    ValueError for fewer than two groups.
+    """
+    names = np.unique(groups)
+    if len(names) < 2:
+        raise ValueError(f"forced_choice: expected at least 2 groups, found {len(names)}; rate more patients")
+    right = np.empty(len(differences))
+    for name in names:
+        out = groups == name
+        template = differences[~out].mean(0)
+        if hotelling:
+            spread = np.atleast_2d(np.cov(differences[~out], rowvar=False))
+            template = np.linalg.lstsq(spread, template, rcond=1e-6)[0]
+        right[out] = (np.sign(differences[out] @ template) + 1) / 2
+    return right
 
 
 def mean_ci(values: np.ndarray | list[float], seed: int = 0, draws: int = 10_000) -> tuple[float, tuple[float, float]]:

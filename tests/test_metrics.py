@@ -4,7 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import ndimage, stats
 from skimage.metrics import structural_similarity
 
 from mfdiff_lite import evaluation, metrics
@@ -415,3 +415,66 @@ def test_ssim_of_slices_smaller_than_its_window_is_not_a_number():
     """Today's fault: scikit-image's "win_size exceeds image extent"."""
     image, mask = np.random.default_rng(0).random((10, 30, 2)), np.ones((10, 30, 2), bool)
     assert np.isnan(metrics.ssim(image, image, mask)) and metrics.psnr(image, image, mask) == np.inf
+
+
+def test_contrast_error_is_bias_and_spread_of_single_lesions(lesion_case):
+    """Half of every contrast lost: the mean loss is the bias, whatever the sign of the lesion, and nothing of it
+    spread beyond how contrasts differ."""
+    truth, lesions, table, brain = lesion_case
+    x = 4 + (truth - 4) * 0.5
+    real = np.array(
+        [metrics.lesion_contrast(truth, lesions, one.label, brain) for one in table if one.kind == "pet-only"]
+    )
+    found = metrics.contrast_error(x, truth, lesions, table, brain)
+    assert found["bias"] == pytest.approx(-0.5 * np.abs(real).mean(), abs=1e-5)
+    assert found["sd"] == pytest.approx(0.5 * np.abs(real).std(ddof=1), abs=1e-5)
+    assert found["rms"] == pytest.approx(0.5 * np.sqrt((real**2).mean()), abs=1e-5)
+    assert metrics.contrast_error(truth, truth, lesions, table, brain)["rms"] == 0
+    assert all(np.isnan(v) for v in metrics.contrast_error(x, truth, lesions, table, brain, kind="matched").values())
+
+
+def test_forced_choice_in_white_noise_is_the_closed_form():
+    """Difference of two patches with independent noise of SD 1: right with Phi(|s| / sqrt 2), for both observers."""
+    rng, n = np.random.default_rng(0), 6000
+    signal = np.array([0.9, -0.4, 0.0, 0.3])
+    seen = signal + np.sqrt(2) * rng.standard_normal((n, 4))
+    expected = stats.norm.cdf(np.linalg.norm(signal) / np.sqrt(2))
+    for hotelling in (True, False):
+        right = metrics.forced_choice(seen, np.arange(n) % 10, hotelling).mean()
+        assert abs(right - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
+
+
+def test_the_hotelling_observer_prewhitens():
+    """Correlated noise: its closed form, with the covariance K of the difference, is Phi(sqrt(s' K^-1 s)); the observer
+    that takes the signal for its template gets s's / sqrt(s' K s)."""
+    rng, n = np.random.default_rng(1), 6000
+    mix, signal = np.array([[1.0, 0.0, 0.0], [0.95, 0.3, 0.0], [0.0, 0.0, 1.5]]), np.array([1.0, 0.8, 0.3])
+    seen, spread = signal + rng.standard_normal((n, 3)) @ mix.T, mix @ mix.T
+    best = stats.norm.cdf(np.sqrt(signal @ np.linalg.solve(spread, signal)))
+    plain = stats.norm.cdf(signal @ signal / np.sqrt(signal @ spread @ signal))
+    assert metrics.forced_choice(seen, np.arange(n) % 10).mean() == pytest.approx(best, abs=0.02)
+    assert metrics.forced_choice(seen, np.arange(n) % 10, hotelling=False).mean() == pytest.approx(plain, abs=0.02)
+    assert best > plain + 0.03
+
+
+def test_no_patient_is_rated_with_its_own_template():
+    """Two groups with opposite signals: each is wrong about the other; one group alone cannot be rated."""
+    rng = np.random.default_rng(2)
+    groups, signal = np.repeat([0, 1], 200), np.array([2.0, 1.0])
+    seen = np.where(groups[:, None] == 0, signal, -signal) + 0.1 * rng.standard_normal((400, 2))
+    assert metrics.forced_choice(seen, groups).mean() == 0
+    assert metrics.forced_choice(np.zeros((4, 2)), np.arange(4), hotelling=False).tolist() == [0.5] * 4
+    with pytest.raises(ValueError, match="at least 2 groups"):
+        metrics.forced_choice(seen, np.zeros(400))
+
+
+def test_channels_are_normed_round_and_blind_to_the_mean():
+    side = 33
+    maps = metrics.channels(side).T.reshape(-1, side, side)
+    np.testing.assert_allclose((maps**2).sum((1, 2)), 1, rtol=1e-6)
+    np.testing.assert_allclose(maps.sum((1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(maps, np.rot90(maps, axes=(1, 2)), atol=1e-9)
+    power = np.abs(np.fft.fft2(maps)) ** 2
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
+    centre = (power * frequency).sum((1, 2)) / power.sum((1, 2))
+    assert (np.diff(centre) > 0).all()  # each finer than the last
