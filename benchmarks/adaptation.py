@@ -40,7 +40,7 @@ from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
 from mfdiff_lite.stage2 import train_stage2
-from results import DOSE, LESIONS, RESULTS, Targets, write_json, write_readme
+from results import DOSE, LESIONS, RESULTS, Targets, write_json
 from second_simulator import second_scan
 
 PAIRS = ("wide-psf+few-counts", "amyloid+t2-mr")
@@ -232,7 +232,7 @@ def picture(shifts: dict[str, dict]) -> None:
     figure.savefig(RESULTS / "adaptation.png", dpi=100)
 
 
-def readme_block(shifts: dict[str, dict]) -> str:
+def table_block(shifts: dict[str, dict]) -> str:
     """PSNR [dB] against SPET, one target scan a shift, and what adapting costs elsewhere."""
     names, adapted_ones = ("LPET", "from scratch", "stage 1", "split", "sure", "oracle"), ("stage 1", "split", "sure")
     elsewhere = ("in distribution: stage 1, split, sure", "MR leak: stage 1, split, sure")
@@ -328,7 +328,6 @@ def main(
     targets.show()
     targets.write()
     picture(found["shifts"])
-    write_readme(readme_block(found["shifts"]) + cohort_block(found) + alone_block(found), "adaptation")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The PET scanner: how activity becomes counts, and counts an image.
 
-The model, slice by slice (2-D, `field-notes` of the README give the values and their sources):
+The model, slice by slice (2-D; docs/method.md gives the values and their sources):
 
     trues       = attenuation * P(G(activity)) * sensitivity
     prompts     ~ Poisson(trues + background)            background = randoms + scatter
