@@ -319,6 +319,16 @@ def read_adaptation(found: dict[str, Number]) -> str:
     return text
 
 
+def not_to_adapt(found: dict[str, Number]) -> str:
+    """The shifts on which `split` gained next to nothing."""
+    shifts = stored("adaptation")["shifts"]
+    gains = dict(zip(shifts, adaptation.gained(shifts, "split"), strict=True))
+    small = [f"*{name}* ({gain:+.2f} dB)" for name, gain in gains.items() if gain < WORTH]
+    if not small:
+        return f"`split` gained {WORTH:g} dB or more on every one of {len(gains)} shifts.\n"
+    return f"`split` gained less than {WORTH:g} dB on {len(small)} of {len(gains)} shifts: {', '.join(small)}.\n"
+
+
 def read_evidence(found: dict[str, Number]) -> str:
     n = found
     small, blurred = n["kept small"].value, n["gaussian kept small"].value
@@ -367,6 +377,7 @@ BLOCKS: dict[str, Callable[[dict[str, Number]], str]] = {
     "read_continued": read_continued,
     "read_adaptation": read_adaptation,
     "read_evidence": read_evidence,
+    "not_to_adapt": not_to_adapt,
 }
 
 
