@@ -1,4 +1,4 @@
-"""What a reader of the notebooks meets: questions with answers, words before their use, sentences that ask the value."""
+"""What a reader of the notebooks meets: questions with answers, words before their use, sentences that ask values."""
 
 import ast
 import importlib
