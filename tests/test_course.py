@@ -146,7 +146,7 @@ CONCLUSIONS = {
     "conditions": [
         (({("feature", "zeros"): [0.5, 0.1, 0.1], ("lpet", "zeros"): [0.01, 0.0, 0.0]}), "leans on F (up to 50%)"),
         (({("feature", "zeros"): [0.01, 0.0, 0.0], ("lpet", "zeros"): [0.5, 0.1, 0.1]}), "leans on the LPET"),
-        (({("dose_reduction", "DRF 4"): [-0.01, 0.0, 0.0]}), "even better: DRF 4"),
+        (({("dose_reduction", "DRF 4"): [-0.01, 0.0, 0.0]}), "even better (the dose: DRF 4)"),
     ],
     "dose": [((-2.0, 5.0), "believes what"), ((-0.2, 5.0), "a little"), ((-0.01, 5.0), "hardly listens")],
     "parts": [
