@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from mfdiff_lite.evaluation import beside
-from mfdiff_lite.model import training_runs
+from mfdiff_lite.model import load_pretrained, training_runs
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -223,3 +224,12 @@ def test_all_runs_behind_weights_count():
     first = {"steps": 6500}
     second = {"steps": 700, "started_from": {"card": first}}
     assert [run["steps"] for run in training_runs(second)] == [6500, 700] and training_runs(first) == [first]
+
+
+def test_the_stored_adaptation_is_of_the_shipped_weights():
+    """Notebook 06 shows it at once; new weights need a new one."""
+    with safe_open(ROOT / "notebooks" / "06_stage2.safetensors", "pt") as stored:
+        about, names = stored.metadata(), set(stored.keys())
+    model = load_pretrained("cpu")
+    assert about["parent"] == model.fingerprint, "run 'python benchmarks/adaptation.py --store'"
+    assert names < set(model.state_dict()) and about["shift"] == "amyloid+t2-mr" and int(about["steps"]) > 0
