@@ -24,7 +24,7 @@ STAMP_BOOK := $(VENV)/.installed-book
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation course-targets anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation course-targets pages anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -68,26 +68,34 @@ train: PROFILE ?= cpu
 train: $(STAMP)  ## train stage 1, or go on with it (PROFILE=cpu OUT=runs/stage1)
 	$(PY) -m mfdiff_lite train --profile $(PROFILE) --out $(OUT) --resume $(ARGS)
 
-results: $(STAMP_DEV)  ## measure again every number and figure of the README
+results: $(STAMP_DEV)  ## measure the shipped weights on the test patients
 	$(PY) benchmarks/results.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
 results-check: $(STAMP_DEV)  ## measure the first patients again and compare with results/
 	$(PY) benchmarks/results.py --check
 
 evidence: $(STAMP_DEV)  ## measure the shipped weights against filters, wrong MRs and their own uncertainty
 	$(PY) benchmarks/evidence.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
 detection: $(STAMP_DEV)  ## ask observers whether known lesions at threshold survive restoring (half an hour)
 	$(PY) benchmarks/detection.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
 ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at one budget (hours), and compare
 	$(PY) benchmarks/ablations.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
 adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose image (hours), and compare
 	$(PY) benchmarks/adaptation.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
 course-targets: $(STAMP_DEV)  ## measure what explorer, notebooks and book cost (half an hour)
 	$(PY) benchmarks/course.py $(ARGS)
+
+pages: $(STAMP_DEV)  ## write tables, claims and sentences about results/ into README, docs/ and notebooks
+	$(PY) benchmarks/pages.py
 
 anatomies: $(STAMP_DEV)  ## rebuild the embedded anatomies and compare with the stored files
 	$(PY) data/build_anatomies.py --check $(ARGS)

@@ -179,7 +179,7 @@ class MFdiff(nn.Module):
         correction = fidelity * measured_beyond_noise(view.lpet - mean)
         return Restoration(
             mean=view.restored(mean + correction),
-            std=view.back(samples.std(0, dtype=np.float32) * view.scale.value),
+            std=view.back(sample_sd(samples) * view.scale.value),
             coarse=view.restored(coarse + correction),
             gate=view.back(gate),
             samples=Samples(samples, correction, view),
@@ -232,6 +232,11 @@ def paired_noise(n_samples: int, shape: tuple[int, ...], seed: list[int]) -> Ten
     faster than K free draws."""
     half = np.random.default_rng(seed).standard_normal(((n_samples + 1) // 2, *shape), dtype=np.float32)
     return torch.from_numpy(rearrange(np.stack([half, -half]), "sign k h w -> (k sign) h w")[:n_samples].copy())
+
+
+def sample_sd(samples: np.ndarray) -> np.ndarray:
+    """SD over the K samples, (K, ...) -> (...), with K - 1 in the denominator; zero where one sample says nothing."""
+    return samples.std(0, dtype=np.float32, ddof=1) if len(samples) > 1 else np.zeros(samples.shape[1:], np.float32)
 
 
 def measured_beyond_noise(residual: np.ndarray) -> np.ndarray:
@@ -313,6 +318,15 @@ def load_model(path: str | Path, device: str = "auto") -> MFdiff:
 def load_pretrained(device: str = "auto") -> MFdiff:
     """The model that ships with the package (stage 1, `cpu` profile)."""
     return load_model(str(files("mfdiff_lite") / "weights" / "stage1.safetensors"), device)
+
+
+def training_runs(card: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cards of all training runs behind weights, the first run first: a run that began with other weights holds
+    their card."""
+    runs = [card]
+    while "started_from" in runs[0]:
+        runs.insert(0, runs[0]["started_from"]["card"])
+    return runs
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -1,6 +1,6 @@
 """The PET scanner: how activity becomes counts, and counts an image.
 
-The model, slice by slice (2-D, `field-notes` of the README give the values and their sources):
+The model, slice by slice (2-D; docs/method.md gives the values and their sources):
 
     trues       = attenuation * P(G(activity)) * sensitivity
     prompts     ~ Poisson(trues + background)            background = randoms + scatter
@@ -119,21 +119,22 @@ class Scanner:
 
     # --- counts --------------------------------------------------------------------------------------------------
 
-    def expected(self, activity: np.ndarray, attenuation: np.ndarray) -> Sinogram:
+    def expected(self, activity: np.ndarray, attenuation: np.ndarray, injected: float = 1.0) -> Sinogram:
         """The noise-free acquisition of a standard dose; `counts` then holds the mean of the Poisson law.
 
         activity [kBq/mL] and attenuation [1/cm]: (X, Y, N). The whole stack collects `trues_per_mm3` times the volume
-        of the head.
+        of the head. injected: share of the tracer; trues and scatter follow it, randoms its square (a thinned scan has
+        fewer counts of all three alike).
         """
         head_mm3 = np.count_nonzero(attenuation > 0.01) * self.pixel_size**3
         survival = np.exp(-self.forward(attenuation, psf=False) / 10)  # 1/cm * mm / 10
         trues = survival * self.forward(activity)
         gain = self.trues_per_mm3 * head_mm3 / max(trues.sum(), 1e-9)
         trues *= gain
-        background = self._background(trues)
-        return Sinogram(trues + background, background, (gain * survival).astype(np.float32))
+        background = self._background(trues, injected)
+        return Sinogram(injected * trues + background, background, (injected * gain * survival).astype(np.float32))
 
-    def _background(self, trues: np.ndarray) -> np.ndarray:
+    def _background(self, trues: np.ndarray, injected: float = 1.0) -> np.ndarray:
         """Randoms (flat) and scatter (blurred trues), half of the contamination each; every slice keeps its own
         share."""
         total = trues.sum((0, 1), keepdims=True) * self.contamination / (1 - self.contamination)
@@ -141,7 +142,7 @@ class Scanner:
         scatter = ndimage.gaussian_filter(trues, (0, sigma, 0), mode="constant")
         scatter /= np.maximum(scatter.sum((0, 1), keepdims=True), 1e-9)
         flat = 1 / (self.angles * self.matrix)
-        return (total * (scatter + flat) / 2).astype(np.float32)
+        return (total * (injected * scatter + injected**2 * flat) / 2).astype(np.float32)
 
     def acquire(self, activity: np.ndarray, attenuation: np.ndarray, seed: int) -> Sinogram:
         """One standard-dose acquisition: Poisson counts of `expected`."""

@@ -31,6 +31,12 @@ from papermill.exceptions import PapermillExecutionError
 HERE = Path(__file__).resolve().parent
 CELL_SECONDS = {"smoke": 120, "cpu": 2 * 3600, "gpu": 24 * 3600}  # the longest that one cell may take, by profile
 TAIL = 25  # lines of traceback worth reading
+FOLDED = """{%- extends 'lab/index.html.j2' -%}
+{%- block input_group -%}
+{%- if 'hide-input' in cell.metadata.get('tags', []) -%}
+<details class="folded"><summary style="color: var(--jp-ui-font-color2)">code</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock input_group -%}"""
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -159,8 +165,9 @@ def _last_started(executed: Path) -> str:
 
 
 def _write_html(executed: Path) -> None:
-    # Widgets are shown by their static picture: no scripts for them, which a page would fetch from elsewhere.
-    exporter = HTMLExporter(require_js_url="", jquery_url="", embed_images=True)
+    # Widgets are shown by their static picture: no scripts for them, which a page would fetch from elsewhere. Pictures
+    # of Markdown cells are attachments, which are embedded anyway; `embed_images` would close every <details> at once.
+    exporter = HTMLExporter(require_js_url="", jquery_url="", raw_template=FOLDED)
     page, _ = exporter.from_filename(str(executed))
     executed.with_suffix(".html").write_text(page, encoding="utf-8")
 

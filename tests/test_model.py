@@ -122,7 +122,7 @@ def test_mean_and_std_are_those_of_the_samples(model):
     samples = np.stack(restored.samples)
     inside = scan.lpet > 0
     positive = inside & (samples.min(0) > 0)  # clipping at zero is done per image
-    assert restored.std[positive] == pytest.approx(samples.std(0)[positive], rel=0.05, abs=0.05)
+    assert restored.std[positive] == pytest.approx(samples.std(0, ddof=1)[positive], rel=0.05, abs=0.05)
     assert restored.mean[positive] == pytest.approx(samples.mean(0)[positive], rel=1e-3, abs=1e-3)
     assert restored.mean.min() >= 0
 

@@ -187,6 +187,25 @@ def test_harness_passes_parameters_and_writes_copy_and_html(tmp_path):
     assert not structure_problems(nbformat.read(path, as_version=4))
 
 
+def test_pages_fold_tagged_code_and_keep_answers_closed(tmp_path):
+    """Also: a picture that is attached to a cell is in the page."""
+    new = nbformat.v4
+    box = "> **Predict.** What?\n\n<details><summary>Answer</summary>\n\nThis *answer*.\n\n</details>"
+    drawn = new.new_markdown_cell("![a drawing](attachment:a.svg)")
+    drawn["attachments"] = {"a.svg": {"image/svg+xml": "PHN2Zy8+"}}
+    folded = new.new_code_cell("hidden = 1", metadata={"tags": ["hide-input"]})
+    cells = [new.new_markdown_cell(box), drawn, folded, new.new_code_cell("shown = 2")]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(new.new_notebook(cells=cells), path)
+    run._write_html(path)
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    answer = page.split("<summary>Answer</summary>")[1].split("</details>")[0]
+    assert "This <em>answer</em>" in answer
+    code = page.split('<details class="folded">')
+    assert len(code) == 2 and "hidden" in code[1].split("</details>")[0] and "shown" in code[1].split("</details>")[1]
+    assert "data:image/svg+xml;base64,PHN2Zy8+" in page
+
+
 @pytest.mark.notebook
 def test_harness_names_notebook_cell_and_error_in_one_line(tmp_path):
     path = fabricate(tmp_path, "fine = 1", "\n# why\nvalues = [1, 2]\nraise ValueError('two\\nlines')")

@@ -149,6 +149,18 @@ def test_trues_per_mm3_and_contamination(patient):
         np.testing.assert_allclose(mean.background.sum((0, 1)) / mean.counts.sum((0, 1)), contamination, rtol=1e-4)
 
 
+def test_less_tracer_lowers_randoms_by_its_square(patient):
+    """Trues and scatter follow the tracer; of a half, a quarter of the randoms is left. Thinning divides all alike."""
+    scanner = Scanner()
+    full, half = (scanner.expected(patient.activity, patient.attenuation, injected) for injected in (1.0, 0.5))
+    trues, fewer = (m.counts.astype(float) - m.background for m in (full, half))
+    np.testing.assert_allclose(fewer, trues / 2, atol=1e-4 * trues.max())
+    corner = full.background[0, 0].astype(float)  # half scatter, half randoms, over all bins
+    total = full.background.astype(float).sum((0, 1))
+    np.testing.assert_allclose(half.background.sum((0, 1)), total * (0.5 + 0.25) / 2, rtol=1e-4)
+    assert (half.background[0, 0] < corner / 2).all()
+
+
 def test_expected_is_the_attenuated_projection(patient):
     scanner = Scanner()
     mean = scanner.expected(patient.activity, patient.attenuation)
