@@ -56,6 +56,7 @@ ORDER = [
     "look.page",
     "look.explorer",
     "look",
+    "notebook",
     "__main__",
 ]
 CONDA_NAMES = {"pytorch": "torch"}
