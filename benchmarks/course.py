@@ -2,15 +2,18 @@
 
     make course-targets              # half an hour on 2 idle cores, most of it for the book
     python benchmarks/course.py --explorer    # the explorer alone; nothing is written
+    make course-targets ARGS=--assignments    # what the assignments' checks are worth: minutes
 
 The explorer turns four volumes of 128^3 with noise in them (the hardest to compress): kernel time of one tick of the
-slider, memory after many of them, and, if Chromium is there, from key press to pixels. Writes the rows of group
+slider, memory after many of them, and, if Chromium is there, from key press to pixels. The assignments: which wrong
+solutions of notebooks/assignments/mutants.py lose points, and which right ones keep them all. Writes the rows of group
 "course" in results/targets.json.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -34,6 +37,11 @@ GOALS = {
     "notebook": ("slowest notebook at the smoke profile, alone on the machine", "s", "<=", 45.0, None),
     "book_minutes": ("make book, all notebooks at the cpu profile", "min", "<=", 20.0, None),
     "book_size": ("the book's size", "MB", "<=", 40.0, None),
+}
+CHECKS = {
+    "mutants": ("wrong solutions that the assignments' checks are tried on", "", ">=", 20.0, 30.0),
+    "mutants_caught": ("wrong solutions that lose points", "%", ">=", 95.0, 100.0),
+    "unusual_full": ("right but unusual solutions that score full", "%", ">=", 100.0, None),
 }
 
 
@@ -113,10 +121,31 @@ def book(targets: Targets) -> None:
     targets.add("book_size", sum(file.stat().st_size for file in files if file.is_file()) / 1e6)
 
 
+def assignments() -> None:
+    """Every wrong and every unusual solution through all checks of its assignment."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "notebooks" / "assignments" / "mutants.py")
+    sys.modules["mutants"] = mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    wrong, right = mutants.measure()
+    print(*(f"full marks for a wrong solution: {name}" for name, failed in wrong.items() if not failed), sep="\n")
+    print(*(f"points lost by a right solution: {name}" for name, failed in right.items() if failed), sep="\n")
+    targets = Targets("course", CHECKS, "make course-targets ARGS=--assignments")
+    targets.add("mutants", len(wrong))
+    targets.add("mutants_caught", 100 * np.mean([bool(failed) for failed in wrong.values()]))
+    targets.add("unusual_full", 100 * np.mean([not failed for failed in right.values()]))
+    targets.write()
+    targets.show()
+
+
 def main(
     only_explorer: Annotated[bool, typer.Option("--explorer", help="the explorer alone; nothing is written")] = False,
+    only_assignments: Annotated[bool, typer.Option("--assignments", help="the assignments' checks alone")] = False,
 ) -> None:
-    """Measure what the course costs a reader's machine."""
+    """Measure what the course costs a reader's machine, and what its checks are worth."""
+    if not only_explorer:
+        assignments()
+    if only_assignments:
+        return
     targets = Targets("course", GOALS, "make course-targets")
     explorer(targets)
     if not only_explorer:

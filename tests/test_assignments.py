@@ -139,7 +139,8 @@ def telling(exercise):
     for match in course.SOLUTION.finditer(exercise):
         block = textwrap.dedent(course.MARKS.sub("", match[0]))
         tree = ast.parse(f"def f():\n{textwrap.indent(block, '    ')}")
-        whole = {id(getattr(node, part, None)) for node in ast.walk(tree) for part in ("value", "iter")}
+        statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt | ast.comprehension)]
+        whole = {id(getattr(node, part, None)) for node in statements for part in ("value", "iter")}
         for node in (node for node in ast.walk(tree) if isinstance(node, ast.expr)):
             size = sum(isinstance(inner, ast.expr | ast.comprehension) for inner in ast.walk(node))
             plain = isinstance(node, ast.Call) and all(isinstance(part, ast.Name) for part in (node.func, *node.args))

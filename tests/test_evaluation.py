@@ -178,7 +178,7 @@ def test_every_goal_has_its_row(benchmarks):
     groups |= {"evidence": benchmarks["evidence"].GOALS | part.GOALS | part.CONTINUED_GOALS}
     goals = {
         f"{group}.{name}": goal
-        for group, named in (groups | {"course": benchmarks["course"].GOALS}).items()
+        for group, named in (groups | {"course": benchmarks["course"].GOALS | benchmarks["course"].CHECKS}).items()
         for name, goal in named.items()
     }
     assert set(rows) == set(goals)
