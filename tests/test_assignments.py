@@ -440,3 +440,16 @@ def test_bad_usage_ends_with_a_sentence(arguments, tmp_path):
     done = CliRunner().invoke(course.app, ["grade", str(tmp_path), *arguments])
     assert done.exit_code == 2
     assert ("no assignment '05_nowhere'" if arguments else "expected one folder per student") in done.output
+
+
+def test_the_instructors_table_counts_what_is_there():
+    rows = (FOLDER / "INSTRUCTOR.md").read_text(encoding="utf-8")
+    for name, source in SOURCES.items():
+        texts = [c for c in source.cells if c.cell_type == "markdown" and not course.tagged(c, "answer")]
+        blocks = [
+            m[0] for c in source.cells if course.tagged(c, "exercise") for m in course.SOLUTION.finditer(c.source)
+        ]
+        lines = [line for block in blocks for line in course.MARKS.sub("", block).splitlines() if line.strip()]
+        words = sum(len(cell.source.split()) for cell in texts)
+        (row,) = re.findall(rf"^\| `{name}` \|.*", rows, re.MULTILINE)
+        assert f"| {words} | {len(lines)} |" in row, f"{name}: {words} words, {len(lines)} lines"
