@@ -246,6 +246,12 @@ MUTANTS = [
     ),
     _wrong(
         TRAINING,
+        "coarse loss takes the weights as they are",
+        {1},
+        {"(weight / weight.mean() * residual**2)": "(weight * residual**2)"},
+    ),
+    _wrong(
+        TRAINING,
         "coarse loss ignores the weights",
         {2},
         {"return (weight / weight.mean() * residual**2).mean()": "return (residual**2).mean()"},
