@@ -3,9 +3,11 @@
     make course-targets              # half an hour on 2 idle cores, most of it for the book
     python benchmarks/course.py --explorer    # the explorer alone; its rows are not written
     python benchmarks/course.py --reading     # counts of questions, answers and sentences: a second
+    make course-targets ARGS=--assignments    # what the assignments' checks are worth: minutes
 
 The explorer turns four volumes of 128^3 with noise in them (the hardest to compress): kernel time of one tick of the
-slider, memory after many of them, and, if Chromium is there, from key press to pixels. Writes the rows of group
+slider, memory after many of them, and, if Chromium is there, from key press to pixels. The assignments: which wrong
+solutions of notebooks/assignments/mutants.py lose points, and which right ones keep them all. Writes the rows of group
 "course" in results/targets.json.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib.util
 import itertools
 import json
 import re
@@ -71,6 +74,11 @@ ALLOWED = {
     "which gains {": "a signed number",
     "| ours minus ... |": "the head of a column that counts patients",
     "the smoother the image, the flatter": "what blur does to contrast",
+}
+CHECKS = {
+    "mutants": ("wrong solutions that the assignments' checks are tried on", "", ">=", 20.0, 30.0),
+    "mutants_caught": ("wrong solutions that lose points", "%", ">=", 95.0, 100.0),
+    "unusual_full": ("right but unusual solutions that score full", "%", ">=", 100.0, None),
 }
 
 
@@ -148,6 +156,22 @@ def book(targets: Targets) -> None:
     targets.add("book_minutes", (time.monotonic() - began) / 60)
     files = (ROOT / "runs" / "book" / "html").rglob("*")
     targets.add("book_size", sum(file.stat().st_size for file in files if file.is_file()) / 1e6)
+
+
+def assignments() -> None:
+    """Every wrong and every unusual solution through all checks of its assignment."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "notebooks" / "assignments" / "mutants.py")
+    sys.modules["mutants"] = mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    wrong, right = mutants.measure()
+    print(*(f"full marks for a wrong solution: {name}" for name, failed in wrong.items() if not failed), sep="\n")
+    print(*(f"points lost by a right solution: {name}" for name, failed in right.items() if failed), sep="\n")
+    targets = Targets("course", CHECKS, "make course-targets ARGS=--assignments")
+    targets.add("mutants", len(wrong))
+    targets.add("mutants_caught", 100 * np.mean([bool(failed) for failed in wrong.values()]))
+    targets.add("unusual_full", 100 * np.mean([not failed for failed in right.values()]))
+    targets.write()
+    targets.show()
 
 
 # ---- what a reader meets -----------------------------------------------------------------------------------------
@@ -236,13 +260,17 @@ def main(
     only_explorer: Annotated[
         bool, typer.Option("--explorer", help="the explorer alone; its rows are not written")
     ] = False,
+    only_assignments: Annotated[bool, typer.Option("--assignments", help="the assignments' checks alone")] = False,
 ) -> None:
-    """Measure what the course costs a reader's machine."""
-    counted = Targets("course", READING_GOALS, "python benchmarks/course.py --reading")
-    reading(counted)
-    counted.show()
-    counted.write()
-    if only_reading:
+    """Measure what the course costs a reader's machine, what its checks are worth, what its notebooks ask."""
+    if not only_assignments:
+        counted = Targets("course", READING_GOALS, "python benchmarks/course.py --reading")
+        reading(counted)
+        counted.show()
+        counted.write()
+    if not (only_explorer or only_reading):
+        assignments()
+    if only_assignments or only_reading:
         return
     targets = Targets("course", GOALS, "make course-targets")
     explorer(targets)

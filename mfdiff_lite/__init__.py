@@ -29,6 +29,7 @@ _PUBLIC = {
     "stage2": ["adapt", "train_stage2"],
     "evaluation": ["compare", "evaluate"],
     "look": ["explore"],
+    "notebook": ["start_notebook"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)  # noqa: PLE0605

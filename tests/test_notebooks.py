@@ -3,13 +3,19 @@
 import ast
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import comm
 import nbformat
 import pytest
+
+from mfdiff_lite import notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -103,6 +109,9 @@ def structure_problems(notebook) -> list[str]:
         "parameters must have profile, seed, device, out_dir": len(trees) > 1
         and {"profile", "seed", "device", "out_dir"} <= _assigned(trees[1]),
         "the default profile must be smoke": len(code) > 1 and 'profile = "smoke"' in code[1].source,
+        "the cell after the parameters must begin with mf.start_notebook()": len(code) > 2
+        and code[2].source.startswith("mf.start_notebook()\n"),
+        "its results must go below the folder that it runs in": len(code) > 1 and 'out_dir = "runs/' in code[1].source,
         "it must open with a heading and Objectives, Needs, Time": head.cell_type == "markdown"
         and head.source.startswith("# ")
         and all(word in head.source for word in ("Objectives", "Needs", "Time")),
@@ -132,11 +141,12 @@ def _assigned(tree) -> set[str]:
 def fabricate(folder: Path, *sources: str, name: str = "05_made_up") -> Path:
     """A notebook that keeps every rule, with `sources` as its code cells after the parameters."""
     new = nbformat.v4
-    parameters = 'profile = "smoke"\nseed = 0\ndevice = "auto"\nout_dir = "../runs/05_made_up"'
+    parameters = 'profile = "smoke"\nseed = 0\ndevice = "auto"\nout_dir = "runs/05_made_up"'
     cells = [
         new.new_markdown_cell("# Made up\n**Objectives** a - b - c. **Needs** nothing. **Time** seconds."),
-        new.new_code_cell(f"import json\nimport pathlib\n\n{MAGIC}"),
+        new.new_code_cell(f"import json\nimport pathlib\n\nimport mfdiff_lite as mf\n\n{MAGIC}"),
         new.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        new.new_code_cell("mf.start_notebook()\n"),
         *[new.new_code_cell(source) for source in sources],
         new.new_markdown_cell("**Exercise** do it again. **Next** nothing."),
     ]
@@ -197,13 +207,82 @@ def test_pages_fold_tagged_code_and_keep_answers_closed(tmp_path):
     cells = [new.new_markdown_cell(box), drawn, folded, new.new_code_cell("shown = 2")]
     path = tmp_path / "a.ipynb"
     nbformat.write(new.new_notebook(cells=cells), path)
-    run._write_html(path)
+    run.write_page(path)
     page = path.with_suffix(".html").read_text(encoding="utf-8")
     answer = page.split("<summary>Answer</summary>")[1].split("</details>")[0]
     assert "This <em>answer</em>" in answer
     code = page.split('<details class="folded">')
     assert len(code) == 2 and "hidden" in code[1].split("</details>")[0] and "shown" in code[1].split("</details>")[1]
     assert "data:image/svg+xml;base64,PHN2Zy8+" in page
+
+
+# Plain papermill, from any folder
+
+
+def papermill(folder, *arguments):
+    command = [sys.executable, "-m", "papermill", *map(str, arguments), "--no-progress-bar"]
+    environment = {name: value for name, value in os.environ.items() if name not in notebook.LIVE}
+    environment |= {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def fabricated(tmp_path):
+    """A notebook with a formula, an explorer, a file that it writes; and another folder to run it from."""
+    path = fabricate(
+        tmp_path,
+        "import numpy as np\nfrom IPython.display import Markdown\nmf.explore({'LPET': np.ones((8, 9, 4))})",
+        "Markdown(r'$\\bar\\alpha * x * y$, an amount of $5 and <b>more</b>')",
+        "pathlib.Path(out_dir).mkdir(parents=True)\n(pathlib.Path(out_dir) / 'profile.txt').write_text(profile)",
+    )
+    (tmp_path / "elsewhere").mkdir()
+    return path
+
+
+@pytest.mark.notebook
+def test_plain_papermill_writes_below_the_folder_it_runs_in_and_needs_no_widgets(fabricated):
+    here = fabricated.parent / "elsewhere"
+    done = papermill(here, fabricated, "out.ipynb", "-p", "profile", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert (here / "runs/05_made_up/profile.txt").read_text() == "cpu"
+    assert sorted(path.name for path in fabricated.parent.iterdir()) == ["05_made_up.ipynb", "elsewhere"]
+    executed = nbformat.read(here / "out.ipynb", as_version=4)
+    assert "widgets" not in executed.metadata
+    command = [sys.executable, str(ROOT / "notebooks/run.py"), "--page", str(here / "out.ipynb")]
+    made = subprocess.run(command, cwd=fabricated.parent, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0 and made.stdout == f"{here / 'out.html'}\n", made.stderr
+    page = (here / "out.html").read_text(encoding="utf-8")
+    assert page.count("<math") == 1 and "$5 and" in page and "mfdiff-scroll" in page
+    assert not re.search(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"'](?!data:|#)", page)
+    assert "<script" not in page, "scripts of the template, which fetch others"
+
+
+@pytest.mark.notebook
+def test_plain_papermill_refuses_a_parameter_that_the_notebook_does_not_have(fabricated):
+    done = papermill(fabricated.parent, fabricated, "out.ipynb", "-p", "sede", "3")
+    assert done.returncode != 0 and "found 'sede'; did you mean 'seed'?" in done.stderr
+    assert not (fabricated.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [
+        (["", "seed = 0", "# Parameters\nseed = 3\n"], ""),
+        (["", "seed = 0", "other = 1"], ""),  # a notebook that a person runs
+        (["", "seed: int = 0", "# Parameters\nsede = 3\n"], "found 'sede'; did you mean 'seed'?"),
+        (["", "seed, where = 0, 1\nout_dir = 'x'", "# Parameters\nzzz = 3\n"], "found 'zzz'; choose one of out_dir"),
+    ],
+)
+def test_parameters_are_those_of_the_cell_before(cells, sentence, monkeypatch):
+    monkeypatch.setattr(notebook, "get_ipython", lambda: SimpleNamespace(user_ns={"In": cells}))
+    monkeypatch.setenv(notebook.LIVE[0], "somebody sits here")
+    before = comm.create_comm
+    if sentence:
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            notebook.start_notebook()
+    else:
+        notebook.start_notebook()
+    assert comm.create_comm is before, "widgets must stay alive"
 
 
 @pytest.mark.notebook
@@ -280,6 +359,8 @@ def test_command_line_refuses_bad_usage(arguments, sentence):
         (lambda nb: nb.cells[2].metadata.clear(), "tagged 'parameters'"),
         (lambda nb: nb.cells[2].update(source='profile = "smoke"'), "seed, device, out_dir"),
         (lambda nb: nb.cells[3].update(execution_count=1), "stores outputs"),
+        (lambda nb: nb.cells[3].update(source="x = 1"), "start_notebook"),
+        (lambda nb: nb.cells[2].update(source=nb.cells[2].source.replace("runs/", "../runs/")), "below the folder"),
         (lambda nb: nb.cells[0].update(source="# Made up"), "Objectives"),
         (lambda nb: nb.cells.pop(), "must end"),
     ],
