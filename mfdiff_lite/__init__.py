@@ -28,7 +28,7 @@ _PUBLIC = {
     "stage1": ["train_stage1"],
     "stage2": ["adapt", "train_stage2"],
     "evaluation": ["compare", "evaluate"],
-    "look": ["explore"],
+    "look": ["explore", "knobs"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)  # noqa: PLE0605
