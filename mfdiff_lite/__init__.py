@@ -17,7 +17,7 @@ _PUBLIC = {
     "readers.brainweb": ["list_anatomies", "load_anatomy"],
     "phantom": ["Lesion", "Randomisation", "VirtualPatient", "virtual_patient"],
     "scan": ["Scan"],
-    "files": ["load_scan", "save_volume"],
+    "files": ["load_example", "load_scan", "save_volume"],
     "readers.frames": ["short_frame_scan"],
     "view": ["ModelView"],
     "scanner": ["Scanner", "Sinogram"],

@@ -158,16 +158,14 @@ class Case:
     def of(cls, scan: Scan, restored: Any, /, **arrays: Any) -> Case:
         """A scan and what was restored from it: a `Restoration`, one volume, or a dict of them."""
         if isinstance(restored, Mapping):
-            restored, arrays = None, {**restored, **arrays}
+            restored, arrays = None, restored | {k: v for k, v in arrays.items() if v is not None}
         mean = getattr(restored, "mean", None)  # of an array, a method
         mean = restored if mean is None or callable(mean) else mean
         given = {"LPET": scan.lpet, "SPET": scan.spet, "MR": scan.mr, "restored": mean}
         if getattr(restored, "settings", {}).get("n_samples", 1) > 1:
             given["SD"] = restored.std
-        gate = getattr(restored, "gate", None) if scan.mr is not None else None
-        given |= {"gate": gate} | arrays
         title = f"{scan.name}, DRF {scan.dose_reduction:g}"
-        return cls.of_volumes(given, title, scan.unit, np.asarray(scan.affine), **cls.truth(scan))
+        return cls.of_volumes(given | arrays, title, scan.unit, np.asarray(scan.affine), **cls.truth(scan))
 
     @staticmethod
     def truth(scan: Scan) -> dict[str, Any]:
@@ -213,9 +211,8 @@ class Case:
     def in_suv(self, dose: float, weight: float) -> Case:
         """Activity as SUV [g/mL]: kBq/mL x weight [kg] / injected dose [MBq]."""
         if self.start.unit != "kBq/mL" or not (dose > 0 and weight > 0):
-            raise ValueError(
-                f"suv: expected kBq/mL, a dose [MBq] and a weight [kg], found {self.start.unit}, {dose}, {weight}"
-            )
+            found = f"found {self.start.unit}, {dose}, {weight}"
+            raise ValueError(f"suv: expected images in kBq/mL, a dose [MBq] and a weight [kg], {found}; leave it out")
         of = {name: weight / dose if own_kind(name) in (None, "SD") else 1.0 for name in self.volumes}
         start, factor = self.start, weight / dose
         own = {n: (low * of[n], high * of[n]) for n, (low, high) in start.own_windows.items()}

@@ -331,7 +331,8 @@ def explore(
         given = {**scan, **({} if restored is None else {"restored": restored}), **arrays}
         case = Case.of_volumes(given, "volumes", unit, affine)
     else:
-        case = Case.of(scan, restored, **arrays)
+        gate = getattr(restored, "gate", None) if scan.mr is not None else None
+        case = Case.of(scan, restored, **{**arrays, "gate": arrays.get("gate", gate)})
     return Viewer(case if suv is None else case.in_suv(*suv))
 
 
@@ -348,8 +349,8 @@ def knobs(
     choices: knob -> its K choices; several knobs make K1 x K2 x ... alternatives, the last knob fastest. images: pane
     -> one volume (X, Y, Z) or slice (X, Y) for all, or a list of one per alternative. numbers: what -> one number or
     text per alternative, shown beside. curve: names of two numbers, drawn as points of which the present one is marked.
-    scan: gives affine, unit and the truth's contours; without it voxel_size [mm] and unit do. Without images the
-    numbers stand alone. Raises ValueError if a list has not one item per alternative.
+    scan: gives unit, voxel size and, for images of its shape, affine and the truth's contours; without it voxel_size
+    [mm] and unit do. Without images the numbers stand alone. Raises ValueError for a list of another length.
     """
     count = int(np.prod([len(some) for some in choices.values()]))
     for name, some in (numbers or {}).items():
@@ -357,11 +358,14 @@ def knobs(
             raise ValueError(f"{name}: expected one value per alternative, {count}, found {len(some)}")
     if curve is not None and not set(curve) <= set(numbers or {}):
         raise ValueError(f"curve: expected two of {', '.join(numbers or {})}, found {curve}")
-    if scan is None:
-        affine = np.diag([*np.broadcast_to(np.asarray(voxel_size, float), 3), 1.0])
-        case = Case.of_volumes(images or {}, "alternatives", unit, affine, count=count)
-    else:
-        case = Case.of_volumes(images or {}, scan.name, scan.unit, scan.affine, count=count, **Case.truth(scan))
+    size = voxel_size if scan is None else scan.voxel_size
+    affine, truth, title = np.diag([*np.broadcast_to(np.asarray(size, float), 3), 1.0]), {}, "alternatives"
+    if scan is not None:
+        unit, title = scan.unit, scan.name
+        some = next(iter((images or {}).values()), None)
+        if np.shape(some[0] if isinstance(some, list | tuple) else some) == scan.lpet.shape:  # or a part of the scan
+            affine, truth = scan.affine, Case.truth(scan)
+    case = Case.of_volumes(images or {}, title, unit, affine, count=count, **truth)
     return Viewer(case, choices, numbers, curve)
 
 
