@@ -82,20 +82,22 @@ def load_example() -> tuple[Scan, dict[str, np.ndarray]]:
     """
     folder = Path(__file__).with_name("example")
     card = json.loads((folder / "example.json").read_text("utf-8"))
-    names = ("lpet", "spet", "mr", "mask", "tissues", "lesions", "restored", "sd", "gate")
-    images = {name: nib.load(folder / f"{name}.nii.gz") for name in names}
-    volumes = {name: np.asarray(image.dataobj, np.float32) for name, image in images.items()}
-    restored = {
-        called: volumes.pop(name) for called, name in (("restored", "restored"), ("SD", "sd"), ("gate", "gate"))
-    }
+    first = read_image(folder / "lpet.nii.gz")
+    held = {path.name.split(".")[0]: load_volume(path)[0] for path in sorted(folder.glob("*.nii.gz"))}
     scan = Scan(
-        **volumes,
-        affine=images["lpet"].affine,
+        held["lpet"],
+        held["mr"],
+        spet=held["spet"],
+        mask=held["mask"] > 0,
+        tissues=held["tissues"],
+        lesions=held["lesions"],
         lesion_table=tuple(Lesion(**one) for one in card["lesions"]),
+        affine=first.affine,
         dose_reduction=card["dose_reduction"],
         unit=card["unit"],
         name=f"{card['anatomy']}, patient {card['seed']}",
     )
+    restored = {"restored": held["restored"], "SD": held["sd"], "gate": held["gate"]}
     return scan, restored
 
 

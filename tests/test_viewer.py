@@ -234,7 +234,7 @@ class _Page(HTMLParser):
 
 
 def payload(text):
-    """What the page's script gets, and name -> the volumes as it decodes them, written again from the format's words."""
+    """What the page's script gets, and name -> the volumes as it should decode them."""
     held = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text, re.S).group(1))
     meta, blob, found = held["meta"], base64.b64decode(held["data"]), {}
     for name, parts in meta["volumes"].items():
@@ -399,7 +399,7 @@ def test_the_example_opens_with_its_truth():
     assert min(scan.lpet.shape) > 60 and scan.lesion_table and set(restored) == {"restored", "SD", "gate"}
     images = {"LPET": scan.lpet} | restored
     error = {name: np.abs(image - scan.spet)[scan.mask].mean() for name, image in images.items()}
-    assert error["restored"] < 0.7 * error["LPET"]
+    assert error["restored"] < 0.8 * error["LPET"]
     assert list(explore(scan, restored).values)[-1] == "gate"
 
 
