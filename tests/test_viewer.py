@@ -117,7 +117,7 @@ def test_an_empty_window_is_a_threshold():
     assert picture[0, :, 0].tolist() == [255, 255, 255, 0]
 
 
-@pytest.mark.parametrize("name", [*PET_MAPS.values(), *OWN_MAPS.values(), "RdBu_r"])
+@pytest.mark.parametrize("name", [*PET_MAPS.values(), *OWN_MAPS.values()])
 def test_colour_maps_read_in_grey_and_for_colour_blind_eyes(name):
     """Lightness never turns back: every order that colour shows, lightness shows too. (Diverging: in each half.)"""
     colours = matplotlib.colormaps[name](np.linspace(0, 1, 128))[:, :3]
@@ -350,12 +350,30 @@ def test_a_knob_turns_through_its_alternatives():
     assert meta["numbers"] == {"noise": [1, 2, 3], "word": ["a", "b", "c"]}
 
 
+def test_the_state_is_small_and_holds_no_script():
+    look = explore({"LPET": volume()}).look
+    assert {"plane", "cross", "pick"} <= set(look) and len(json.dumps(look)) < 2000
+
+
 def test_two_knobs_the_last_one_is_the_fastest():
     images = [np.full(SHAPE, 10.0 * i + j, np.float32) + volume() for i in range(2) for j in range(3)]
     view = knobs({"i": "ab", "j": "xyz"}, {"image": images})
     view.pick = [1, 2]
     assert np.isclose(view.values["image"], 12 + volume()[2, 3, 4])
     assert knobs({"i": "ab"}, {"image": [volume()[..., 0], volume(1)[..., 0]]}).slice == 1  # slices alone
+
+
+def test_a_change_is_centred_on_zero_and_an_image_that_returns_is_stored_once():
+    same, moved = volume(), [volume(k) - 5 for k in (1, 2, 1)]
+    view = knobs({"k": "abc"}, {"LPET": [same] * 3, "change from a": moved}, unit="kBq/mL")
+    low, high = view.windows["change from a"]
+    assert low == -high and np.isclose(high, np.percentile(np.abs(moved), 99.5), rtol=0.1)
+    meta, found = payload(view.html())
+    starts = {name: [part["start"] for part in parts] for name, parts in meta["volumes"].items()}
+    assert len(set(starts["LPET"])) == 1 and len(set(starts["change from a"])) == 2
+    for values, change in zip(found["change from a"], moved, strict=True):
+        assert np.allclose(values, change, atol=0.05)
+    assert meta["panes"][1] | {"map": "RdBu_r", "kind": "change", "unit": "kBq/mL"} == meta["panes"][1]
 
 
 def test_numbers_alone_need_no_image():

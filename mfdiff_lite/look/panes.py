@@ -21,7 +21,7 @@ SIDES = {"R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "sup
 OPPOSITE = {"R": "L", "A": "P", "S": "I"}
 PET_MAPS = {"inverted grey": "gray_r", "grey": "gray"} | {name: name for name in ("hot", "inferno", "magma", "cividis")}
 # Panes that are no activity image, by the first word of their name ("MR", "MR of another"); all others are PET.
-OWN_MAPS = {"MR": "gray", "SD": "magma", "gate": "viridis"}
+OWN_MAPS = {"MR": "gray", "SD": "magma", "gate": "viridis", "change": "RdBu_r"}
 LABELS = ("tissues", "lesions")  # of the truth, drawn as contours
 GAP, GAP_GREY = 4, 150  # between panes: pixels, and a grey that shows beside white and beside black
 CROSS = (0, 160, 215)  # a blue that shows on white, on grey and on every PET map
@@ -71,7 +71,8 @@ def panes(volumes: dict[str, np.ndarray], state: State) -> dict[str, Pane]:
     reference, shown = _reference(cuts), {}
     for name, cut in cuts.items():
         if kind := own_kind(name):
-            meaning = {"MR": "MR signal [arbitrary]", "SD": f"SD [{state.unit}]"}.get(kind, kind)
+            units = {"MR": "MR signal [arbitrary]", "SD": f"SD [{state.unit}]", "change": f"change [{state.unit}]"}
+            meaning = units.get(kind, kind)
             shown[name] = Pane(cut, OWN_MAPS[kind], *state.own_windows.get(name, (0.0, 1.0)), meaning)
         else:
             shown[name] = Pane(cut, state.pet_map, *state.window, f"activity [{state.unit}]")
@@ -213,7 +214,7 @@ class Case:
         if self.start.unit != "kBq/mL" or not (dose > 0 and weight > 0):
             found = f"found {self.start.unit}, {dose}, {weight}"
             raise ValueError(f"suv: expected images in kBq/mL, a dose [MBq] and a weight [kg], {found}; leave it out")
-        of = {name: weight / dose if own_kind(name) in (None, "SD") else 1.0 for name in self.volumes}
+        of = {name: weight / dose if own_kind(name) in (None, "SD", "change") else 1.0 for name in self.volumes}
         start, factor = self.start, weight / dose
         own = {n: (low * of[n], high * of[n]) for n, (low, high) in start.own_windows.items()}
         window = start.window[0] * factor, start.window[1] * factor
@@ -334,7 +335,7 @@ def _alternative(name: str, k: int) -> str:
 def _gates_in_the_head(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Gates without the air, where they say nothing: NaN there."""
     gates = [name for name in arrays if own_kind(name) == "gate"]
-    others = [volume for name, volume in arrays.items() if name not in gates and own_kind(name) != "SD"]
+    others = [volume for name, volume in arrays.items() if name not in gates and own_kind(name) not in ("SD", "change")]
     if not gates or not others:
         return arrays
     from scipy import ndimage
@@ -368,7 +369,10 @@ def _hot(pet: np.ndarray) -> np.ndarray:
 
 
 def _own_window(name: str, volumes: np.ndarray) -> tuple[float, float]:
-    return (0.0, 1.0) if own_kind(name) == "gate" else (min(0.0, float(volumes.min())), _bound(volumes, 99.5, 1.0))
+    if own_kind(name) == "gate":
+        return 0.0, 1.0
+    high = _bound(volumes, 99.5, 1.0)
+    return -high if own_kind(name) == "change" else min(0.0, float(volumes.min())), high
 
 
 def _bound(volume: np.ndarray, percentile: float, otherwise: float) -> float:

@@ -165,7 +165,7 @@ class Viewer {
   }
 
   map(pane) {
-    if (pane.kind === "difference" && this.dark) return "difference in the dark";
+    if (this.dark && (pane.kind === "difference" || pane.kind === "change")) return "difference in the dark";
     if (pane.kind !== "PET") return pane.map;
     const chosen = this.state.pet_map;
     return this.under(pane) && chosen.startsWith("gray") ? "hot" : chosen;

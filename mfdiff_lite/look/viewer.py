@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..scan import Scan
 
 SCRIPT = Path(__file__).with_name("viewer.js")
-LEVELS = {None: 255, "MR": 255, "SD": 127, "gate": 100}  # steps inside the window of a kind; None is PET
+LEVELS = {None: 255, "MR": 255, "SD": 127, "gate": 100, "change": 127}  # steps inside the window of a kind; None is PET
 COMPARE = ("side", "flicker", "curtain", "checker")
 ENDS = {"gate": ["0: PET alone", "", "1: MR in full"]}
 DARK = "difference in the dark"
@@ -121,9 +121,8 @@ class Viewer(anywidget.AnyWidget):
     @property
     def look(self) -> dict[str, Any]:
         """Every control's value, as `set` takes them."""
-        return {
-            name: getattr(self, name) for name in self.traits(sync=True) if name in Viewer.__dict__ and name != "key"
-        }
+        own = [name for name in self.traits(sync=True) if name in Viewer.__dict__ and name not in ("key", "_esm")]
+        return {name: getattr(self, name) for name in own}
 
     @property
     def _shown(self) -> Case:
@@ -275,8 +274,11 @@ def _add(blob: bytearray, part: dict[str, Any], volume: np.ndarray | None = None
         zigzag = ((steps << 1) ^ (steps >> 15)).view(np.uint16)
         flat = np.concatenate([zigzag & 255, zigzag >> 8]).astype(np.uint8)
     packed = gzip.compress(flat.tobytes(), 6, mtime=0)
-    blob += packed
-    return part | {"start": len(blob) - len(packed), "bytes": len(packed)}
+    start = blob.find(packed)  # the same image of another alternative is stored once
+    if start < 0:
+        start = len(blob)
+        blob += packed
+    return part | {"start": start, "bytes": len(packed)}
 
 
 def _rows(choices: Mapping[str, Sequence[str]], numbers: Mapping[str, Sequence[Any]]) -> str:
@@ -288,7 +290,8 @@ def _rows(choices: Mapping[str, Sequence[str]], numbers: Mapping[str, Sequence[A
     for k, chosen in enumerate(itertools.product(*choices.values())):
         cells = [*chosen, *(v[k] if isinstance(v[k], str) else f"{v[k]:.4g}" for v in numbers.values())]
         body.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+    opened = " open" * (len(body) <= 8)
+    return f"<details{opened}><summary>numbers</summary><table><tr>{head}</tr>{''.join(body)}</table></details>"
 
 
 def _drawn(case: Case, state: State, show: Sequence[str] = ()) -> Image.Image:
@@ -321,10 +324,10 @@ def explore(
 
     scan: a `Scan`, or any volumes as name -> array, tensor or NIfTI path. The first sets the grid; files on another one
     are resampled to it, arrays must have its shape. restored: a `Restoration`, one such volume, or a dict of them, as
-    `compare` takes it. arrays: more of them by name, with the PET window; names that begin with "MR", "SD" or "gate"
-    have windows of their own. voxel_size [mm], unit: of volumes that are not in a `Scan`. suv: (injected dose [MBq],
-    weight [kg]) shows kBq/mL as SUV. A 2-D slice leaves no plane or slice to choose. Raises ValueError for another
-    shape and for NaN, OSError for a file that cannot be read.
+    `compare` takes it. arrays: more of them by name, with the PET window; names that begin with "MR", "SD", "gate"
+    or "change" have windows of their own. voxel_size [mm], unit: of volumes that are not in a `Scan`. suv: (injected
+    dose [MBq], weight [kg]) shows kBq/mL as SUV. A 2-D slice leaves no plane or slice to choose. Raises ValueError for
+    another shape and for NaN, OSError for a file that cannot be read.
     """
     if isinstance(scan, Mapping):
         affine = np.diag([*np.broadcast_to(np.asarray(voxel_size, float), 3), 1.0])
