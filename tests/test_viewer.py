@@ -376,6 +376,14 @@ def test_a_change_is_centred_on_zero_and_an_image_that_returns_is_stored_once():
     assert meta["panes"][1] | {"map": "RdBu_r", "kind": "change", "unit": "kBq/mL"} == meta["panes"][1]
 
 
+def test_what_a_gate_or_a_change_has_in_the_air_widens_no_box():
+    head = np.zeros((60, 64), np.float32)
+    head[30:40, 20:32] = volume(shape=(10, 12, 1))[..., 0]
+    air = volume(shape=(60, 64, 1))[..., 0]
+    assert knobs({"k": "ab"}, {"coarse": [head, head], "gate": [air / 10] * 2, "change": air})._case.shape == (18, 20, 1)
+    assert knobs({"k": "ab"}, {"gate": [air / 10] * 2})._case.shape == (60, 64, 1)
+
+
 def test_numbers_alone_need_no_image():
     view = knobs({"batch": [1, 2], "device": ["cpu", "gpu"]}, numbers={"hours": [4, 3, 2, float("nan")]})
     page = _Page(view.html())

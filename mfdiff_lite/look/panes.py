@@ -316,7 +316,8 @@ def _image(name: str, value: Any, affine: np.ndarray) -> nib.Nifti1Image:
 
 def _without_air(images: dict[str, nib.Nifti1Image], margin: int = 4) -> dict[str, nib.Nifti1Image]:
     """The box in X and Y that holds the head, with a margin; all slices keep their numbers."""
-    outline = {"LPET", "MR"} & images.keys() or [name for name in images if not name.startswith("truth: ")]
+    shown = [name for name in images if not name.startswith("truth: ")]
+    outline = {"LPET", "MR"} & images.keys() or [name for name in shown if own_kind(name) in (None, "MR")] or shown
     heads = [np.asarray(images[name].dataobj) for name in outline]
     head = np.any([volume > 0.2 * np.percentile(volume, 99.5) for volume in heads], axis=(0, 3))
     inside = np.nonzero(head if head.any() else ~head)

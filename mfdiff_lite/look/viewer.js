@@ -631,7 +631,8 @@ class Viewer {
     if (names.length) parts.push(table(["", ""], names.map((name) => [name, text(numbers[name][at])])));
     if (curve) {
       const [x, y] = curve, points = numbers[x].map((value, k) => [value, numbers[y][k]]);
-      parts.push(chart([{ points, dots: true, joined: this.meta.knobs.length === 1, colour: COLOURS[0] }], x, y, points[at]));
+      const joined = this.meta.knobs.length === 1 && this.meta.knobs[0].choices.every((one) => Number.isFinite(Number(one))); // of names, no line
+      parts.push(chart([{ points, dots: true, joined, colour: COLOURS[0] }], x, y, points[at]));
     }
     return parts;
   }
