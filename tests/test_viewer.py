@@ -380,7 +380,8 @@ def test_what_a_gate_or_a_change_has_in_the_air_widens_no_box():
     head = np.zeros((60, 64), np.float32)
     head[30:40, 20:32] = volume(shape=(10, 12, 1))[..., 0]
     air = volume(shape=(60, 64, 1))[..., 0]
-    assert knobs({"k": "ab"}, {"coarse": [head, head], "gate": [air / 10] * 2, "change": air})._case.shape == (18, 20, 1)
+    view = knobs({"k": "ab"}, {"coarse": [head, head], "gate": [air / 10] * 2, "change": air})
+    assert view._case.shape == (18, 20, 1)
     assert knobs({"k": "ab"}, {"gate": [air / 10] * 2})._case.shape == (60, 64, 1)
 
 
