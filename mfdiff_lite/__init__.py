@@ -17,7 +17,7 @@ _PUBLIC = {
     "readers.brainweb": ["list_anatomies", "load_anatomy"],
     "phantom": ["Lesion", "Randomisation", "VirtualPatient", "virtual_patient"],
     "scan": ["Scan"],
-    "files": ["load_scan", "save_volume"],
+    "files": ["load_example", "load_scan", "save_volume"],
     "readers.frames": ["short_frame_scan"],
     "view": ["ModelView"],
     "scanner": ["Scanner", "Sinogram"],
@@ -28,7 +28,7 @@ _PUBLIC = {
     "stage1": ["train_stage1"],
     "stage2": ["adapt", "train_stage2"],
     "evaluation": ["compare", "evaluate"],
-    "look": ["explore"],
+    "look": ["explore", "knobs"],
     "notebook": ["start_notebook"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import warnings
@@ -17,6 +18,7 @@ from nibabel.processing import resample_from_to
 from scipy import ndimage
 
 from .config import FWHM_TO_SD
+from .phantom import Lesion
 from .scan import Scan, maps_to_mm
 
 ASSUMED_DOSE_REDUCTION = 20.0  # of files whose user does not say it
@@ -71,6 +73,32 @@ def load_scan(
         header=lpet.header,
         sources=named,
     )
+
+
+def load_example() -> tuple[Scan, dict[str, np.ndarray]]:
+    """A whole simulated head that was restored beforehand: the scan with its truth, and "restored", "SD" and "gate".
+
+    To look at, with `explore(*load_example())`; values are rounded to a hundredth of what the brain holds.
+    """
+    folder = Path(__file__).with_name("example")
+    card = json.loads((folder / "example.json").read_text("utf-8"))
+    first = read_image(folder / "lpet.nii.gz")
+    held = {path.name.split(".")[0]: load_volume(path)[0] for path in sorted(folder.glob("*.nii.gz"))}
+    scan = Scan(
+        held["lpet"],
+        held["mr"],
+        spet=held["spet"],
+        mask=held["mask"] > 0,
+        tissues=held["tissues"],
+        lesions=held["lesions"],
+        lesion_table=tuple(Lesion(**one) for one in card["lesions"]),
+        affine=first.affine,
+        dose_reduction=card["dose_reduction"],
+        unit=card["unit"],
+        name=f"{card['anatomy']}, patient {card['seed']}",
+    )
+    restored = {"restored": held["restored"], "SD": held["sd"], "gate": held["gate"]}
+    return scan, restored
 
 
 def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ import nbformat
 import pytest
 
 from mfdiff_lite import notebook
+from mfdiff_lite.look import knobs
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -24,6 +25,8 @@ MAGIC = "%matplotlib inline"
 _spec = importlib.util.spec_from_file_location("notebooks_run", ROOT / "notebooks" / "run.py")
 run = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run)
+
+WITHOUT_KNOB = ("00_quickstart", "09_explorer")  # their viewer shows one case, in all planes
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -50,7 +53,34 @@ def test_runs(path, tmp_path):
     expected = json.loads((ROOT / "notebooks" / "expected_metrics.json").read_text(encoding="utf-8"))[path.stem]
     outside = {n: (found.get(n), r) for n, r in expected.items() if not r[0] <= found.get(n, float("nan")) <= r[1]}
     assert not outside, f"{path.name}: name: (found, expected range) {outside}"
-    assert executed.with_suffix(".html").stat().st_size > 0
+    controls = live_controls(executed.with_suffix(".html").read_text(encoding="utf-8"))
+    assert controls, f"{path.name}: no control on its page works without a kernel"
+    turned = [size for size, meta in controls if meta["knobs"]]
+    assert turned or path.stem in WITHOUT_KNOB, f"{path.name}: no knob to turn"
+    assert all(size <= 300_000 for size in turned), f"{path.name}: a knob of {max(turned)} bytes"
+
+
+def live_controls(page: str) -> list[tuple[int, dict]]:
+    """(bytes, what it knows of itself) of every viewer of a page that has its data and its script with it."""
+    inside = r'<script type="application/json">(.*?)</script><script>(.*?)</script>'
+    viewers = re.findall(rf'(<div class="mfdiff-viewer">.*?{inside})', page, re.DOTALL)
+    return [(len(all_of_it), json.loads(data)["meta"]) for all_of_it, data, script in viewers if ".mount(" in script]
+
+
+@each_notebook
+def test_has_a_control(path):
+    """Without running it: so that one that goes missing is noticed at once."""
+    code = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    assert ("mf.explore(" if path.stem in WITHOUT_KNOB else "mf.knobs(") in code
+
+
+def test_a_control_that_needs_a_kernel_is_noticed():
+    page = knobs({"dose": [4, 20]}, numbers={"noise": [1, 2]}).html()
+    ((size, meta),) = live_controls(f"<p>{page}</p>")
+    assert size < 80_000 and meta["knobs"][0]["choices"] == ["4", "20"]
+    assert not live_controls(re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))  # data without a script
+    assert not live_controls(re.sub(r'<script type="application/json">.*?</script>', "", page, flags=re.DOTALL))
+    assert not live_controls("<p>Error displaying widget: model not found</p>")
 
 
 def picture_problems(outputs) -> list[str]:

@@ -54,7 +54,7 @@ ORDER = [
     "readers.frames",
     "look.panes",
     "look.page",
-    "look.explorer",
+    "look.viewer",
     "look",
     "notebook",
     "__main__",
@@ -338,7 +338,7 @@ def test_module_imports_only_from_above(path):
 
 @each_module
 def test_module_imports_nothing_out_of_place(path):
-    owners = {"ipywidgets": "look.explorer", "typer": "__main__", "argparse": "__main__", "click": "__main__"}
+    owners = {"anywidget": "look.viewer", "typer": "__main__", "argparse": "__main__", "click": "__main__"}
     for line, name in imports_of(tree_of(path)):
         top = name.split(".")[0]
         assert owners.get(top, dotted(path)) == dotted(path), f"{path.name}:{line}: only {owners[top]} imports {top}"
@@ -365,14 +365,14 @@ def test_architecture_rules_notice(tmp_path):
     assert "config" in above("scan")
     lines = [
         "from . import page, name",
-        "from .explorer import explore",
+        "from .viewer import explore",
         "from ..scan import Scan",
         "from .. import model",
     ]
     path.write_text("\n".join([*lines, "from mfdiff_lite import look", "import json"]), encoding="utf-8")
     found = [name for _, name in library_imports(path, ("mfdiff_lite", "look"))]
-    assert found == ["look.page", "look", "look.explorer", "scan", "model", "look"]
-    assert {"look.page", "look.explorer", "look"} & above("look.panes") == set() and "look.page" in above("look")
+    assert found == ["look.page", "look", "look.viewer", "scan", "model", "look"]
+    assert {"look.page", "look.viewer", "look"} & above("look.panes") == set() and "look.page" in above("look")
 
 
 # Measures
@@ -398,7 +398,7 @@ def test_the_library_does_not_grow_unnoticed():
     """All lines; and lines of code without looking, command line and foreign formats. Raising a bound is a decision."""
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES)
     core = [p for p in MODULES if p.parent == LIBRARY and p.stem != "__main__"]
-    assert lines <= 5770 and sum(map(code_lines, core)) <= 2950
+    assert lines <= 6050 and sum(map(code_lines, core)) <= 2950
 
 
 def code_lines(path: Path) -> int:
