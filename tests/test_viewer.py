@@ -396,10 +396,10 @@ def test_the_truth_of_a_scan_comes_along(scan):
 
 def test_the_example_opens_with_its_truth():
     scan, restored = mf.load_example()
-    assert min(scan.lpet.shape) > 60 and scan.lesion_table and set(restored) == {"restored", "SD", "gate"}
+    assert min(scan.lpet.shape) >= 60 and scan.lesion_table and set(restored) == {"restored", "SD", "gate"}
     images = {"LPET": scan.lpet} | restored
     error = {name: np.abs(image - scan.spet)[scan.mask].mean() for name, image in images.items()}
-    assert error["restored"] < 0.8 * error["LPET"]
+    assert error["restored"] < 0.6 * error["LPET"]
     assert list(explore(scan, restored).values)[-1] == "gate"
 
 

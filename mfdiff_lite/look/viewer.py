@@ -362,8 +362,8 @@ def knobs(
     affine, truth, title = np.diag([*np.broadcast_to(np.asarray(size, float), 3), 1.0]), {}, "alternatives"
     if scan is not None:
         unit, title = scan.unit, scan.name
-        some: Any = next(iter((images or {}).values()), None)
-        if np.shape(some[0] if isinstance(some, list | tuple) else some) == scan.lpet.shape:  # or a part of the scan
+        image: Any = next(iter((images or {}).values()), None)
+        if np.shape(image[0] if isinstance(image, list | tuple) else image) == scan.lpet.shape:  # or a part of the scan
             affine, truth = scan.affine, Case.truth(scan)
     case = Case.of_volumes(images or {}, title, unit, affine, count=count, **truth)
     return Viewer(case, choices, numbers, curve)
