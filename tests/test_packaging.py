@@ -55,6 +55,7 @@ ORDER = [
     "look.panes",
     "look.page",
     "look.viewer",
+    "look.report",
     "look",
     "__main__",
 ]

@@ -323,6 +323,8 @@ def test_report_stands_alone_and_is_escaped(scan):
     assert page.tags.count("script") == 2 and "<b>PSNR" not in text
     assert "&lt;b&gt;PSNR" in text and "30 &lt; 40 &amp; {more}" in text and "é" in text
     assert "not a medical device" in text and page.tags.count("tr") == 2
+    text = report_html(scan, result(volume(3)), {"seed": 3}, mf.compare(scan, scan.lpet), ["a <hint>"])
+    assert "Gaussian" in text and "a &lt;hint&gt;" in text and "the same seed gives the same image" in text
 
 
 # --- knobs ----------------------------------------------------------------------------------------------------------

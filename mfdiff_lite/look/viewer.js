@@ -72,7 +72,7 @@ const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0))
 class Viewer {
   constructor(host, meta, blob) {
     this.meta = meta;
-    this.state = structuredClone(meta.state);
+    this.state = { tool: "cross", ...structuredClone(meta.state) };
     this.listeners = [];
     this.tables = Object.fromEntries(Object.entries(meta.maps).map(([name, text]) => [name, colours(fromBase64(text))]));
     this.luts = new Map();

@@ -367,12 +367,3 @@ def knobs(
             affine, truth = scan.affine, Case.truth(scan)
     case = Case.of_volumes(images or {}, title, unit, affine, count=count, **truth)
     return Viewer(case, choices, numbers, curve)
-
-
-def report_html(scan: Scan, restored: Any, lines: Mapping[str, Any]) -> str:
-    """A page that stands alone: the viewer, and `lines` (what -> value) as a table."""
-    view = explore(scan, restored)
-    cells = [(html.escape(str(what)), html.escape(str(value))) for what, value in lines.items()]
-    rows = "".join(f'<tr><th scope="row">{what}</th><td>{value}</td></tr>' for what, value in cells)
-    warning = "<p><strong>Teaching and research only; not a medical device.</strong></p>"
-    return document(f"{scan.name}: PET restoration", f"{warning}{view.html()}<table>{rows}</table>")
