@@ -143,7 +143,7 @@ def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
         patch.setitem(sys.modules, "results", script("results"))
-        names = ("evidence", "ablations", "adaptation", "course")
+        names = ("evidence", "ablations", "adaptation", "course", "viewer")
         yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
@@ -178,7 +178,7 @@ def test_every_goal_has_its_row(benchmarks):
     groups |= {"evidence": benchmarks["evidence"].GOALS | part.GOALS | part.CONTINUED_GOALS}
     goals = {
         f"{group}.{name}": goal
-        for group, named in (groups | {"course": benchmarks["course"].GOALS}).items()
+        for group, named in (groups | {name: benchmarks[name].GOALS for name in ("course", "viewer")}).items()
         for name, goal in named.items()
     }
     assert set(rows) == set(goals)
