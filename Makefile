@@ -18,13 +18,15 @@ export PYTHONUNBUFFERED := 1
 
 # A stamp holds the folder it was made for: a checkout that was copied or moved with its .venv must be installed again,
 # or it would go on importing the library from the old folder.
+# JupyterLab's own settings for this checkout: no news from elsewhere over the first page.
+LAB        := runs/lab-settings
 STAMP      := $(VENV)/.installed
 STAMP_DEV  := $(VENV)/.installed-dev
 STAMP_BOOK := $(VENV)/.installed-book
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation course-targets pages anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation course-targets viewer-targets pages anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -41,10 +43,17 @@ demo: $(STAMP)  ## restore one simulated head (notebook 00); say where the resul
 	@echo
 	@echo "restored volume  $$PWD/runs/demo/00_quickstart/restored.nii.gz"
 	@echo "figure           $$PWD/runs/demo/00_quickstart/figure.png"
-	@echo "notebook (HTML)  $$PWD/runs/demo/00_quickstart.html"
+	@echo "to look at       file://$$PWD/runs/demo/00_quickstart.html"
+	@echo
+	@echo "next: make lab (the notebooks, in JupyterLab), or mfdiff restore on files of your own ($(PY) -m mfdiff_lite restore --help)"
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
-	$(PY) -m jupyter lab --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	@mkdir -p $(LAB)/@jupyterlab/apputils-extension
+	@echo '{"fetchNews": "false", "checkForUpdates": false}' > $(LAB)/@jupyterlab/apputils-extension/notification.jupyterlab-settings
+	@# Root is the usual user of a container; helper files of the notebooks are not lessons.
+	JUPYTERLAB_SETTINGS_DIR="$$PWD/$(LAB)" $(PY) -m jupyter lab --ServerApp.root_dir="$$PWD" \
+	  --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) \
+	  "--ContentsManager.hide_globs=['__pycache__','*.py','*.json','*.pyc']" $(ARGS)
 
 test: $(STAMP_DEV)  ## the whole test suite, all notebooks included
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
@@ -91,8 +100,11 @@ adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose i
 	$(PY) benchmarks/adaptation.py $(ARGS)
 	$(PY) benchmarks/pages.py
 
-course-targets: $(STAMP_DEV)  ## measure what explorer, notebooks and book cost (half an hour)
+course-targets: $(STAMP_DEV)  ## measure what notebooks and book cost (half an hour)
 	$(PY) benchmarks/course.py $(ARGS)
+
+viewer-targets: $(STAMP_DEV)  ## measure the viewer in Chromium: speed, size, fit, tests (minutes)
+	$(PY) benchmarks/viewer.py $(ARGS)
 
 pages: $(STAMP_DEV)  ## write tables, claims and sentences about results/ into README, docs/ and notebooks
 	$(PY) benchmarks/pages.py
@@ -120,7 +132,7 @@ $(VENV)/bin/pip:
 define install
 @$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(VENV) has no working Python 3.10 or newer: remove it (rm -rf $(VENV)) and run make again" >&2; exit 1; }
 @echo "Installing $(1) into $(VENV) (the first time this takes minutes: PyTorch is large)"
-@$(PIP_INSTALL) --editable "$(1)" || { echo "pip could not install $(1) into $(VENV): see its message above, then run make again" >&2; exit 1; }
+@$(PIP_INSTALL) --editable "$(1)" > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; echo "pip could not install $(1) into $(VENV): see its message above, then run make again" >&2; exit 1; }
 endef
 
 $(STAMP): pyproject.toml $(if $(call stale,$(STAMP)),FORCE) | $(VENV)/bin/pip

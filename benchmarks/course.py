@@ -1,22 +1,17 @@
-"""Cost of the course (the slice explorer, the notebooks, the book), and what its notebooks ask and say.
+"""Cost of the course (the notebooks, the book), and what its notebooks ask and say. (Of the viewer: viewer.py.)
 
     make course-targets              # half an hour on 2 idle cores, most of it for the book
-    python benchmarks/course.py --explorer    # the explorer alone; its rows are not written
     python benchmarks/course.py --reading     # counts of questions, answers and sentences: a second
     make course-targets ARGS=--assignments    # what the assignments' checks are worth: minutes
 
-The explorer turns four volumes of 128^3 with noise in them (the hardest to compress): kernel time of one tick of the
-slider, memory after many of them, and, if Chromium is there, from key press to pixels. The assignments: which wrong
-solutions of notebooks/assignments/mutants.py lose points, and which right ones keep them all. Writes the rows of group
-"course" in results/targets.json.
+The assignments: which wrong solutions of notebooks/assignments/mutants.py lose points, and which right ones keep them
+all. Writes the rows of group "course" in results/targets.json.
 """
 
 from __future__ import annotations
 
 import ast
-import gc
 import importlib.util
-import itertools
 import json
 import re
 import subprocess
@@ -28,15 +23,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from mfdiff_lite.look import PLANES, SliceExplorer, explore
 from results import Targets
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("LPET", "SPET", "MR", "restored")
 GOALS = {
-    "tick": ("kernel time of a tick of the explorer, four volumes of 128^3, slowest plane", "ms", "<=", 25.0, None),
-    "memory": ("memory that 1000 ticks leave behind", "MiB", "<=", 1.0, 0.0),
-    "key_to_pixels": ("from key press to pixels in Chromium, same volumes, median", "ms", "<=", 100.0, None),
     "notebook": ("slowest notebook at the smoke profile, alone on the machine", "s", "<=", 45.0, None),
     "book_minutes": ("make book, all notebooks at the cpu profile", "min", "<=", 20.0, None),
     "book_size": ("the book's size", "MB", "<=", 40.0, None),
@@ -80,61 +70,6 @@ CHECKS = {
     "mutants_caught": ("wrong solutions that lose points", "%", ">=", 95.0, 100.0),
     "unusual_full": ("right but unusual solutions that score full", "%", ">=", 100.0, None),
 }
-
-
-def volumes(size: int) -> dict[str, np.ndarray]:
-    """A noisy ball that fills the volume, in every pane with noise of its own."""
-    radius = np.sqrt(sum((axis - (size - 1) / 2) ** 2 for axis in np.ogrid[:size, :size, :size]))
-    ball = (radius < 0.47 * size).astype(np.float32)
-    draws = (np.random.default_rng(seed).gamma(2, 3, ball.shape) for seed in range(len(NAMES)))
-    return {name: ball * noise.astype(np.float32) for name, noise in zip(NAMES, draws, strict=True)}
-
-
-def ticks(view: SliceExplorer, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Milliseconds of CPU and of wall time of each of `count` steps of the slider, up and down its range."""
-    slider, spent = view.slice, []
-    there = range(slider.min, slider.max + 1)
-    slider.value = slider.max
-    for target in itertools.islice(itertools.cycle([*there[-2::-1], *there[1:]]), count):
-        began = time.process_time(), time.perf_counter()
-        slider.value = target
-        spent.append((time.process_time() - began[0], time.perf_counter() - began[1]))
-    return 1000 * np.transpose(spent)
-
-
-def resident() -> float:
-    """MiB of memory that this process holds (Linux only; NaN elsewhere)."""
-    gc.collect()
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return float("nan")
-    return pages * 4096 / 2**20
-
-
-def explorer(targets: Targets, size: int = 128, count: int = 1000) -> None:
-    """Milliseconds per tick, and the growth of memory."""
-    view, slowest = explore(volumes(size)), 0.0
-    for plane in PLANES:
-        view.plane.value = plane
-        cpu, wall = ticks(view, max(20, count // 10))
-        print(f"{plane:9} {np.median(cpu):6.1f} ms of CPU per tick, {np.median(wall):6.1f} ms of wall time (medians)")
-        slowest = max(slowest, float(np.median(cpu)))
-    targets.add("tick", slowest)
-    before = resident()
-    ticks(view, count)
-    targets.add("memory", resident() - before)
-
-
-def browser(targets: Targets) -> None:
-    """What a browser test wrote down."""
-    told = ROOT / "runs" / "browser" / "speed.json"
-    told.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/test_browser.py", "-k", "written_down"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    if not told.exists():
-        raise typer.BadParameter("expected Chromium and Playwright, found none (apt-get install chromium)")
-    targets.add("key_to_pixels", json.loads(told.read_text())["key_to_pixels_ms"])
 
 
 def notebooks(targets: Targets) -> None:
@@ -257,9 +192,6 @@ def main(
     only_reading: Annotated[
         bool, typer.Option("--reading", help="count questions, answers, sentences: a second")
     ] = False,
-    only_explorer: Annotated[
-        bool, typer.Option("--explorer", help="the explorer alone; its rows are not written")
-    ] = False,
     only_assignments: Annotated[bool, typer.Option("--assignments", help="the assignments' checks alone")] = False,
 ) -> None:
     """Measure what the course costs a reader's machine, what its checks are worth, what its notebooks ask."""
@@ -268,17 +200,14 @@ def main(
         reading(counted)
         counted.show()
         counted.write()
-    if not (only_explorer or only_reading):
+    if not only_reading:
         assignments()
     if only_assignments or only_reading:
         return
     targets = Targets("course", GOALS, "make course-targets")
-    explorer(targets)
-    if not only_explorer:
-        browser(targets)
-        notebooks(targets)
-        book(targets)
-        targets.write()
+    notebooks(targets)
+    book(targets)
+    targets.write()
     targets.show()
 
 

@@ -208,7 +208,8 @@ def restore(
     weights: Annotated[Path | None, typer.Option(help="weights of `train`; default: the shipped ones")] = None,
     seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
     device: Device = "auto",
-    report: Annotated[Path | None, typer.Option(help="also write an HTML page with pictures")] = None,
+    report: Annotated[Path | None, typer.Option(help="also write an HTML page to look at and to send")] = None,
+    spet: Annotated[Path | None, typer.Option(help="standard-dose PET, only shown and compared in the report")] = None,
     adapt_first: Annotated[bool, typer.Option("--adapt", help="stage 2 first: adapt to this scan, minutes")] = False,
     force: Force = False,
 ) -> None:
@@ -221,12 +222,15 @@ def restore(
         raise ValueError(
             f"--std: expected --samples of at least 2, found {samples}; raise --samples or leave out --std"
         )
+    if spet is not None and report is None:
+        raise ValueError("--spet: expected --report with it, found none; the standard-dose PET is for the report alone")
     _at_least(0, seed=seed)
     for path in (out, std):
         if path is not None and not path.name.endswith((".nii", ".nii.gz")):
             raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
-    _ready([out, std, report], [lpet, mr, weights], force)
-    scan = load_scan(lpet, mr, dose_reduction=_known_dose(dose_reduction))
+    _ready([out, std, report], [lpet, mr, spet, weights], force)
+    with _kept_warnings() as hints:
+        scan = load_scan(lpet, mr, spet, dose_reduction=_known_dose(dose_reduction))
     model = _model(weights, device)
     if adapt_first:
         model = _adapted(model, scan, device)
@@ -241,9 +245,10 @@ def restore(
     if std is not None:
         written.append(save_volume(std, restored.std, scan, force))
     if report is not None:
-        lines = {"LPET": lpet, "MR": mr or "none", "restored": out, "dose reduction": f"{scan.dose_reduction:g}"}
-        lines |= {"weights": _weights_line(model, weights), **restored.settings, "seconds": f"{seconds:.1f}"}
-        written.append(_report(report, scan, restored, lines, force))
+        lines = _files_lines({"LPET": lpet, "MR": mr, "SPET": spet, "restored": out, "SD": std})
+        lines |= {"unit": scan.unit, "dose reduction": f"{scan.dose_reduction:g}", **restored.settings}
+        lines |= {"weights": _weights_line(model, weights), "seconds": f"{seconds:.1f}"}
+        written.append(_report(report, scan, restored, lines, hints, force))
     print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
     for path in written:
         print(f"wrote {path}")
@@ -258,13 +263,65 @@ def _adapted(model: MFdiff, scan: Scan, device: str) -> MFdiff:
     return last.model
 
 
-def _report(path: Path, scan: Scan, restored: Restoration, lines: dict[str, Any], force: bool) -> Path:
+@contextlib.contextmanager
+def _kept_warnings() -> Iterator[list[str]]:
+    """The sentences of the warnings inside the block, which are warned of all the same."""
+    sentences: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield sentences
+    for one in caught:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        sentences += [str(one.message)] if one.category is UserWarning else []
+
+
+def _files_lines(files: dict[str, Path | None]) -> dict[str, str]:
+    from .look.report import checksum
+
+    return {what: f"{path} (SHA-256 {checksum(path)}...)" if path else "none" for what, path in files.items()}
+
+
+def _report(
+    path: Path, scan: Scan, restored: Restoration, lines: dict[str, Any], hints: list[str], force: bool
+) -> Path:
+    from .evaluation import compare
     from .files import whole_file
     from .look import report_html
+    from .revision import code_revision
 
+    made = time.strftime("%Y-%m-%d %H:%M")
+    lines |= {"command": " ".join(["mfdiff", *sys.argv[1:]]), "date": made}
+    lines |= {"version": f"{__version__} (revision {code_revision()})"}
+    table = None if scan.spet is None else compare(scan, restored)
     with whole_file(path, force) as partial:
-        partial.write_text(report_html(scan, restored, {key: str(value) for key, value in lines.items()}), "utf-8")
+        partial.write_text(report_html(scan, restored, lines, table, hints), "utf-8")
     return path
+
+
+# --- view --------------------------------------------------------------------------------------------------------
+
+
+@_command
+def view(
+    images: Annotated[list[Path], typer.Argument(help="NIfTI files; the first one's grid is the grid of all")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("view.html"),
+    unit: Annotated[str, typer.Option(help="unit of the images")] = "input unit",
+    force: Force = False,
+) -> None:
+    """Write a page to look at images with: all planes, one window, values, comparing. It needs no network.
+
+    A file whose name begins with mr, sd or gate has a window of its own, as MR, SD or gate.
+    """
+    from .look import explore
+
+    _ready([out], list(images), force)
+    names = [path.name.removesuffix(".gz").removesuffix(".nii") for path in images]
+    if len(set(names)) < len(names):
+        raise ValueError(f"view: expected files of different names, found {', '.join(names)}; rename one")
+    known = {"lpet": "LPET", "spet": "SPET", "mr": "MR", "sd": "SD", "std": "SD"}
+    given = {known.get(name.lower(), name): path for name, path in zip(names, images, strict=True)}
+    page = explore(given, unit=unit).save(out, force)
+    print(f"wrote {page}; open it in a browser: {page.resolve().as_uri()}")
 
 
 # --- simulate ----------------------------------------------------------------------------------------------------

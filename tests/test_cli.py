@@ -1,5 +1,6 @@
 """The command line: good files give whole results; bad ones one sentence, exit status 2 and nothing written."""
 
+import hashlib
 import inspect
 import json
 import os
@@ -212,8 +213,21 @@ def test_restore_writes_on_the_grid_of_the_lpet(case, restored):
 def test_report_is_one_page_that_needs_nothing_else(restored, case):
     page = (restored[0] / "report.html").read_text(encoding="utf-8")
     assert page.lstrip().lower().startswith("<!doctype html>") and "</html>" in page
-    assert "data:image/png;base64," in page and str(case / "lpet.nii.gz") in page
+    assert "data:image/jpeg;base64," in page and str(case / "lpet.nii.gz") in page
     assert not re.search(r"(src|href)\s*=\s*[\"']?https?:", page)
+    digest = hashlib.sha256((case / "lpet.nii.gz").read_bytes()).hexdigest()
+    assert digest[:32] in page and "not a medical device" in page
+    assert "revision test, 0 steps" in page and "possible images that were drawn" in page
+
+
+def test_view_writes_a_page_of_any_images(case, tmp_path):
+    paths = case / "lpet.nii.gz", case / "mr.nii.gz"
+    result = run("view", *paths, "--out", tmp_path / "v.html")
+    assert result.exit_code == 0 and f"file://{tmp_path}/v.html" in result.stdout
+    page = (tmp_path / "v.html").read_text("utf-8")
+    assert "LPET, MR; axial slice" in page and "</html>" in page
+    refused(run("view", *paths, "--out", tmp_path / "v.html"), "exists already")
+    refused(run("view", paths[0], paths[0], "--out", tmp_path / "w.html"), "expected files of different names")
 
 
 def test_same_seed_same_result(case, restored, weights, tmp_path):
@@ -633,6 +647,7 @@ def test_help_names_every_option_with_its_meaning():
         "restore": cli.restore,
         "simulate": cli.simulate,
         "evaluate": cli.evaluate,
+        "view": cli.view,
         "train": cli.train,
         "adapt": cli.adapt,
         "info": cli.info,
@@ -648,6 +663,7 @@ def test_help_names_every_option_with_its_meaning():
         ],
         "simulate": ["axial slices", "dose-reduction factor", "(.nii.gz)", "edge-scanner"],
         "adapt": ["two count halves", "an SPET", "key=value", "half of the LPET's counts"],
+        "view": ["NIfTI files", "unit of the images"],
         "evaluate": ["on the LPET's grid", "PSNR, SSIM, NRMSE", "brain mask"],
         "train": ["key=value", "smoke (seconds), cpu", "checkpoint"],
         "info": ["Check the environment", "weights"],
@@ -656,9 +672,12 @@ def test_help_names_every_option_with_its_meaning():
     for name, function in commands.items():
         text = " ".join(run(name, "--help").stdout.split())
         for parameter in inspect.signature(function).parameters:
-            option = {"json_out": "--json", "settings": "[settings]", "adapt_first": "--adapt"}.get(
-                parameter, "--" + parameter.replace("_", "-")
-            )
+            option = {
+                "json_out": "--json",
+                "settings": "[settings]",
+                "adapt_first": "--adapt",
+                "images": "{images}",
+            }.get(parameter, "--" + parameter.replace("_", "-"))
             assert option in text.lower(), (name, option)  # some typers shout the names of arguments
         for words in units[name]:
             assert words in text, (name, words)

@@ -143,7 +143,7 @@ def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
         patch.setitem(sys.modules, "results", script("results"))
-        names = ("evidence", "ablations", "adaptation", "course")
+        names = ("evidence", "ablations", "adaptation", "course", "viewer")
         yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
@@ -157,11 +157,12 @@ def test_every_goal_has_its_row(benchmarks):
         for group, named in (
             groups
             | {
+                "viewer": benchmarks["viewer"].GOALS,
                 "course": {
                     **benchmarks["course"].GOALS,
                     **benchmarks["course"].CHECKS,
                     **benchmarks["course"].READING_GOALS,
-                }
+                },
             }
         ).items()
         for name, goal in named.items()

@@ -323,6 +323,8 @@ def test_report_stands_alone_and_is_escaped(scan):
     assert page.tags.count("script") == 2 and "<b>PSNR" not in text
     assert "&lt;b&gt;PSNR" in text and "30 &lt; 40 &amp; {more}" in text and "é" in text
     assert "not a medical device" in text and page.tags.count("tr") == 2
+    text = report_html(scan, result(volume(3)), {"seed": 3}, mf.compare(scan, scan.lpet), ["a <hint>"])
+    assert "Gaussian" in text and "a &lt;hint&gt;" in text and "the same seed gives the same image" in text
 
 
 # --- knobs ----------------------------------------------------------------------------------------------------------
@@ -423,10 +425,10 @@ def test_the_truth_of_a_scan_comes_along(scan):
 
 def test_the_example_opens_with_its_truth():
     scan, restored = mf.load_example()
-    assert min(scan.lpet.shape) > 60 and scan.lesion_table and set(restored) == {"restored", "SD", "gate"}
+    assert min(scan.lpet.shape) >= 60 and scan.lesion_table and set(restored) == {"restored", "SD", "gate"}
     images = {"LPET": scan.lpet} | restored
     error = {name: np.abs(image - scan.spet)[scan.mask].mean() for name, image in images.items()}
-    assert error["restored"] < 0.8 * error["LPET"]
+    assert error["restored"] < 0.6 * error["LPET"]
     assert list(explore(scan, restored).values)[-1] == "gate"
 
 

@@ -10,7 +10,8 @@ picture, neurological display the other way round. Every colour map keeps its or
 
 from .page import document, figure, panel, show
 from .panes import PLANES, Pane, State, panes, render  # from now on `look.panes` is the function
-from .viewer import Viewer, explore, knobs, report_html
+from .report import report_html
+from .viewer import Viewer, explore, knobs
 
 __all__ = [
     "PLANES", "Pane", "State", "Viewer", "document", "explore", "figure", "knobs", "panel", "panes", "render",

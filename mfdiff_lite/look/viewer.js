@@ -72,7 +72,7 @@ const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0))
 class Viewer {
   constructor(host, meta, blob) {
     this.meta = meta;
-    this.state = structuredClone(meta.state);
+    this.state = { tool: "cross", ...structuredClone(meta.state) };
     this.listeners = [];
     this.tables = Object.fromEntries(Object.entries(meta.maps).map(([name, text]) => [name, colours(fromBase64(text))]));
     this.luts = new Map();
@@ -446,7 +446,7 @@ class Viewer {
     const set = (k) => this.set({ pick: this.state.pick.map((old, j) => (j === i ? k : old)) });
     const slider = this.range(knob.name, `${knob.name}: turn the knob`, set,
       ({ pick }) => ({ value: pick[i], words: knob.choices[pick[i]] }), [0, knob.choices.length - 1, 1]);
-    const text = this.show(h("output", {}), (element, { pick }) => (element.textContent = knob.choices[pick[i]]));
+    const text = this.show(h("span", { className: "said" }), (element, { pick }) => (element.textContent = knob.choices[pick[i]]));
     const play = this.button("▶", `play ${knob.name}: go through its choices`, () => this.play(`knob ${i}`), () => this.playing === `knob ${i}`);
     return h("div", { className: "bar knob" }, h("label", {}, h("b", { textContent: knob.name }), slider, text), play);
   }
@@ -463,7 +463,7 @@ class Viewer {
         return { value: state.slice, words: `slice ${state.slice} of ${element.max}` };
       }, [1, 1, 1]);
     slider.classList.add("slice");
-    const text = this.show(h("output", {}), (element, state) => (element.textContent = `${state.slice}/${this.meta.shape[this.through(state)]}`));
+    const text = this.show(h("span", { className: "said" }), (element, state) => (element.textContent = `${state.slice}/${this.meta.shape[this.through(state)]}`));
     const play = this.button("▶", "play: go through the slices", () => this.play("slice"), () => this.playing === "slice");
     return flat ? [] : [group, h("label", {}, "slice", slider, text), play];
   }
@@ -612,11 +612,12 @@ class Viewer {
   // --- beside the images: numbers and curve of the knob, the circle, the line, the hunt ---
 
   fillAside() {
-    const { roi, line, pick, hunt, marks, contours } = this.state;
-    const key = JSON.stringify([roi, line, pick, hunt, marks, contours, this.panes.map((pane) => pane.name), Boolean(this.volumes)]);
+    const { tool, roi, line, pick, hunt, marks, contours } = this.state;
+    const key = JSON.stringify([tool, roi, line, pick, hunt, marks, contours, this.panes.map((pane) => pane.name), Boolean(this.volumes)]);
     if (this.asideKey === key) return;
     this.asideKey = key;
     const parts = [...this.numberParts()];
+    if (tool !== "cross" && !this.state[tool]) parts.push(h("p", { textContent: `${TOOLS[tool][0]}: ${TOOLS[tool][1]}` })); // keeps the room for what comes
     if (this.volumes && roi) parts.push(this.regionPart());
     if (this.volumes && line) parts.push(...this.linePart());
     if (this.volumes && hunt) parts.push(...this.huntPart());
@@ -831,7 +832,11 @@ class Viewer {
   }
 
   call() { // the state as Python would set it
-    const python = (value) => JSON.stringify(value, (_, v) => (v === true ? "\u0001True" : v === false ? "\u0001False" : v === null ? "\u0001None" : v)).replace(/"\\u0001(\w+)"/g, "$1");
+    const python = (value) => {
+      if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
+      if (value && typeof value === "object") return `{${Object.entries(value).map(([key, one]) => `${JSON.stringify(key)}: ${python(one)}`).join(", ")}}`;
+      return { true: "True", false: "False", null: "None" }[value] ?? JSON.stringify(value);
+    };
     const changed = Object.entries(this.state).filter(([name, value]) => !["slice", "tool"].includes(name) && !same(value, this.meta.state[name]));
     return `view.set(${changed.map(([name, value]) => `${name}=${python(value)}`).join(", ")})`;
   }
@@ -923,8 +928,8 @@ input[type=number] { width: 4.6em; cursor: text }
 input[type=range] { width: 84px; margin: 0; accent-color: ${CROSS} }
 input[type=range].slice { width: 150px }
 .knob input[type=range] { width: 220px }
-output { min-width: 3.5em }
-.knob output { font-weight: bold }
+.said { min-width: 3.5em }
+.knob .said { font-weight: bold }
 .menu { position: relative }
 .menu > summary { list-style: none }
 .menu > div { position: absolute; right: 0; z-index: 5; display: grid; padding: 6px 10px; background: Canvas; color: CanvasText; border: 1px solid currentColor }

@@ -365,17 +365,8 @@ def knobs(
     affine, truth, title = np.diag([*np.broadcast_to(np.asarray(size, float), 3), 1.0]), {}, "alternatives"
     if scan is not None:
         unit, title = scan.unit, scan.name
-        some: Any = next(iter((images or {}).values()), None)
-        if np.shape(some[0] if isinstance(some, list | tuple) else some) == scan.lpet.shape:  # or a part of the scan
+        image: Any = next(iter((images or {}).values()), None)
+        if np.shape(image[0] if isinstance(image, list | tuple) else image) == scan.lpet.shape:  # or a part of the scan
             affine, truth = scan.affine, Case.truth(scan)
     case = Case.of_volumes(images or {}, title, unit, affine, count=count, **truth)
     return Viewer(case, choices, numbers, curve)
-
-
-def report_html(scan: Scan, restored: Any, lines: Mapping[str, Any]) -> str:
-    """A page that stands alone: the viewer, and `lines` (what -> value) as a table."""
-    view = explore(scan, restored)
-    cells = [(html.escape(str(what)), html.escape(str(value))) for what, value in lines.items()]
-    rows = "".join(f'<tr><th scope="row">{what}</th><td>{value}</td></tr>' for what, value in cells)
-    warning = "<p><strong>Teaching and research only; not a medical device.</strong></p>"
-    return document(f"{scan.name}: PET restoration", f"{warning}{view.html()}<table>{rows}</table>")
