@@ -19,7 +19,7 @@ from .phantom import Lesion
 
 ArrayLike = Any  # a NumPy array or a torch tensor, a slice (X, Y) or a volume (X, Y, Z)
 VOXEL_LIMITS = (0.4, 10.0)  # mm; outside them the header is more likely wrong than the scanner
-DOSE_LIMITS = (1.0, 1000.0)  # beyond, somebody gave counts for a ratio (training: 4 to 100)
+DOSE_LIMITS = (1.0, 200.0)  # beyond, somebody gave counts for a ratio (training: 4 to 100)
 MOST_NEGATIVE = 0.2  # share of the activity below 0 that noise and ringing reach; offsets and z-scores reach more
 
 
@@ -81,7 +81,7 @@ class Scan:
             if len(self.halves) != 2:
                 raise ValueError(f"halves: expected two images of half the counts each, found {len(self.halves)}")
             called = names.get("halves", "halves")
-            images["halves"] = tuple(_activity(_on_grid(half, called, first), called) for half in self.halves)
+            images["halves"] = tuple(activity_of(_on_grid(half, called, first), called) for half in self.halves)
         by_size = np.diag([*np.broadcast_to(np.asarray(self.voxel_size, float), 3), 1.0])
         affine = np.asarray(by_size if self.affine is None else self.affine, float)
         size = _voxel_size(affine, given.ndim, names["lpet"])
@@ -168,8 +168,8 @@ def without_nan(array: np.ndarray, called: str) -> np.ndarray:
     if inside.any():
         place = np.round(np.argwhere(inside).mean(0)).astype(int).tolist()
         raise ValueError(
-            f"{called}: expected finite values, found {inside.sum()} NaN voxels ({inside.mean():.2%}) inside the head, "
-            f"round voxel {place}; replace them first (NaN all round the head is taken for air)"
+            f"{called}: expected finite values, found {inside.sum()} NaN voxels ({inside.mean():.2%}) near voxel "
+            f"{place} that are not the air round the head; replace them first"
         )
     return np.where(air, 0, array)
 
@@ -183,7 +183,8 @@ def _signal(array: np.ndarray, called: str) -> np.ndarray:
     return array
 
 
-def _activity(array: np.ndarray, called: str) -> np.ndarray:
+def activity_of(array: np.ndarray, called: str) -> np.ndarray:
+    """(X, Y, Z) float32 activity of at least 0, by the one rule about what is below it and about NaN (see `Scan`)."""
     array = _signal(array, called)
     below = array < 0
     if not below.any():
@@ -203,7 +204,7 @@ def _activity(array: np.ndarray, called: str) -> np.ndarray:
     return array.clip(min=0)
 
 
-CHECKED = {"lpet": _activity, "spet": _activity, "activity": _activity, "mr": _signal} | {
+CHECKED = {"lpet": activity_of, "spet": activity_of, "activity": activity_of, "mr": _signal} | {
     "mask": lambda labels, _: labels.astype(bool),
     "tissues": lambda labels, _: labels.astype(np.uint8),
     "lesions": lambda labels, _: labels.astype(np.uint8),

@@ -236,7 +236,8 @@ class ModelView:
     def stack(self, volume: np.ndarray) -> np.ndarray:
         """(x, y, z) -> slices (Z, H, W) float32, their sides padded as their edges are to multiples of SIDE."""
         x, y = volume.shape[:2]
-        return np.pad(np.moveaxis(volume, -1, 0), ((0, 0), (0, -x % SIDE), (0, -y % SIDE)), mode="edge").astype(np.float32)
+        more = ((0, 0), (0, -x % SIDE), (0, -y % SIDE))
+        return np.pad(np.moveaxis(volume, -1, 0), more, mode="edge").astype(np.float32)
 
     def near(self, z: np.ndarray | int) -> np.ndarray:
         """The slices (..., context) round slices z, see `neighbours`."""
@@ -257,8 +258,8 @@ class ModelView:
         return slices[..., : self.shape[0], : self.shape[1]]
 
     def restored(self, volume: np.ndarray) -> np.ndarray:
-        """Scaled activity (x, y, z) -> the scan's grid, unit, kind and shape; beyond the box the smoothed LPET, and what
-        is foreign to a brain or was cut away as it came."""
+        """Scaled activity (x, y, z) -> the scan's grid, unit, kind and shape; beyond the box the smoothed LPET; what is
+        foreign to a brain or was cut away as it came."""
         inside = self.grid.back(self.scale.invert(volume), self._outside)
         return self.scan.like_input(np.where(self.scale.known, inside, self.scan.lpet))
 
