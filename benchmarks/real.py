@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import fuzz
 import nibabel as nib
 import numpy as np
 import typer
 
-import fuzz
 import mfdiff_lite as mf
 from mfdiff_lite.config import TEST_ANATOMIES
 from mfdiff_lite.phantom import virtual_patient

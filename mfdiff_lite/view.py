@@ -26,7 +26,7 @@ HOT = 4.0  # times the brain's upper level, smoothed: more than any uptake in tr
 BRIGHT = 3.0  # ... and more than any in a brain
 ABSURD = 40.0  # the same of a single voxel (training: 17, at the highest noise)
 MARGIN = 6.0  # mm round what is hot that its blur reaches
-REACH = (4.0, 16.0)  # mm beyond what is known: up to here as bright as its edge, from there dark
+REACH = (4.0, 12.0)  # mm beyond what is known: up to here as bright as its edge, from there dark
 FIDELITY_SD = 1.5  # voxels of 2 mm; also what lies outside the box is smoothed with it
 
 
@@ -97,14 +97,14 @@ def foreign_to_brain(lpet: np.ndarray, voxel_size: tuple[float, ...]) -> np.ndar
 
 
 def filled(image: np.ndarray, known: np.ndarray, voxel_size: tuple[float, ...]) -> np.ndarray:
-    """(X, Y, Z): what is not known as bright, smoothed, as the nearest that is, and dark from `REACH` on."""
+    """(X, Y, Z): what is not known as bright as the known activity next to it, and dark from `REACH` on."""
     if known.all():
         return image
     weight = _smoothed(known.astype(np.float32), voxel_size)
-    smooth = _smoothed(np.where(known, image, 0), voxel_size) / np.maximum(weight, 1e-3)
-    far, nearest = ndimage.distance_transform_edt(~known, voxel_size, return_indices=True)
+    smooth = _smoothed(np.where(known, image, 0), voxel_size) / np.maximum(weight, 1e-9)
+    far = ndimage.distance_transform_edt(~known, voxel_size)
     fade = np.clip((REACH[1] - far) / (REACH[1] - REACH[0]), 0, 1)
-    return np.where(known, image, smooth[tuple(nearest)] * fade).astype(np.float32)
+    return np.where(known, image, smooth * fade).astype(np.float32)
 
 
 def scale_mr(mr: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ class WorkingGrid:
 
     def __init__(self, scan: Scan):
         self.scan = scan
-        canonical = self._canonical(scan.lpet)
+        canonical = self.canonical(scan.lpet)
         zooms = np.array(canonical.header.get_zooms()[:3])
         flat = canonical.shape[2] == 1
         wanted = np.array([WORKING_VOXEL, WORKING_VOXEL, zooms[2] if flat else WORKING_VOXEL])
@@ -148,13 +148,14 @@ class WorkingGrid:
         self._low_pass = np.sqrt(np.maximum(wanted**2 - zooms**2, 0)) * FWHM_TO_SD / zooms  # voxels of the scan
         self.box: tuple[slice, ...] = (slice(None),) * 3
         self.pad: tuple[tuple[int, int], ...] = ((0, 0),) * 3
-        self._fit_box(ActivityScale(self.to(scan.lpet), self.voxel_size).smooth)
+        self._fit_box(ActivityScale(self.to(scan.lpet), self.voxel_size))
 
-    def _canonical(self, volume: np.ndarray) -> nib.Nifti1Image:
+    def canonical(self, volume: np.ndarray) -> nib.Nifti1Image:
+        """(X, Y, Z) of the scan with its axes turned to RAS+, as near as turning gets."""
         return nib.as_closest_canonical(nib.Nifti1Image(np.asarray(volume, np.float32), self.scan.affine))
 
-    def _fit_box(self, smooth: np.ndarray) -> None:
-        head = smooth > 0.08 * np.percentile(smooth, 99.5)
+    def _fit_box(self, scale: ActivityScale) -> None:
+        head = (scale.smooth > 0.08 * np.percentile(scale.smooth, 99.5)) & scale.known
         spans, pads = [], []
         for axis, size in enumerate(self.shape[:2]):
             where = np.flatnonzero(head.any(axis=(1 - axis, 2)))
@@ -166,7 +167,7 @@ class WorkingGrid:
 
     def to(self, volume: np.ndarray) -> np.ndarray:
         """(X, Y, Z) of the scan -> (x, y, z) of the box, which goes on beyond the field of view as its edge is."""
-        image = self._canonical(volume)
+        image = self.canonical(volume)
         if self.resampled:
             smooth = ndimage.gaussian_filter(image.get_fdata(dtype=np.float32), self._low_pass, mode="nearest")
             image = resample_from_to(
@@ -181,9 +182,9 @@ class WorkingGrid:
         kept = np.zeros(volume.shape, bool)
         kept[self.RIM : -self.RIM, self.RIM : -self.RIM] = True
         if not self.resampled:
-            full = np.asarray(self._canonical(outside).dataobj, np.float32).copy()
+            full = np.asarray(self.canonical(outside).dataobj, np.float32).copy()
             full[self.box] = np.where(kept[unpad], volume[unpad], full[self.box])
-            return self._reoriented(full)
+            return self.turned_back(full)
         inside, weight = np.zeros(self.shape, np.float32), np.zeros(self.shape, np.float32)
         inside[self.box], weight[self.box] = volume[unpad], kept[unpad]
         target = (self.scan.lpet.shape, self.scan.affine)
@@ -193,7 +194,7 @@ class WorkingGrid:
         )
         return np.where(weight > 0, inside.clip(min=0), outside).astype(np.float32)
 
-    def _reoriented(self, canonical: np.ndarray) -> np.ndarray:
+    def turned_back(self, canonical: np.ndarray) -> np.ndarray:
         """Undo `as_closest_canonical`."""
         theirs = nib.io_orientation(self.scan.affine)
         turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), theirs)
@@ -204,8 +205,9 @@ class ModelView:
     """A scan as a model of `context` neighbouring slices sees it.
 
     grid: of another scan on the same voxels, to keep its box; by default the scan's own. lpet, mr: (x, y, z) float32 on
-    the box of the working grid, scaled; mr is all zeros without one. mask: (x, y, z), a rough brain. Raises ValueError
-    for a scan whose dose reduction is not known.
+    the box of the working grid, scaled, the LPET filled in where its scale knows nothing of the head; mr is all zeros
+    without one. mask: (x, y, z) bool, a rough brain. known, filled: those of the scale, on the scan's grid. Raises
+    ValueError for a scan whose dose reduction is not known.
     """
 
     def __init__(self, scan: Scan, context: int, grid: WorkingGrid | None = None):
@@ -213,15 +215,19 @@ class ModelView:
             raise ValueError(f"{scan.name}: expected its dose-reduction factor, found it unknown; give dose_reduction")
         self.scan, self.context = scan, context
         self.grid = grid or WorkingGrid(scan)
-        self.scale = ActivityScale(scan.lpet, scan.voxel_size)
+        canonical = self.grid.canonical(scan.lpet)  # a scan gets the same scale however its file is turned
+        self.scale = ActivityScale(np.asarray(canonical.dataobj), canonical.header.get_zooms())
+        self.known, self.filled, mask = (
+            self.grid.turned_back(volume) for volume in (self.scale.known, self.scale.filled, self.scale.mask)
+        )
         if self.scale.foreign.any():
             warnings.warn(
                 f"{scan.name}: expected nothing much brighter than a brain, found {self.scale.foreign.sum()} voxels in "
                 f"or next to something over {HOT:g} times its upper level; they are left as they came",
                 stacklevel=4,
             )
-        self.lpet = self.scale.apply(self.grid.to(self.scale.filled))
-        self.mask = self.grid.to(self.scale.mask) > 0.5
+        self.lpet = self.scale.apply(self.grid.to(self.filled))
+        self.mask = self.grid.to(mask) > 0.5
         self.mr = np.zeros_like(self.lpet) if scan.mr is None else scale_mr(self.grid.to(scan.mr), self.mask)
 
     @property
@@ -261,12 +267,12 @@ class ModelView:
         """Scaled activity (x, y, z) -> the scan's grid, unit, kind and shape; beyond the box the smoothed LPET; what is
         foreign to a brain or was cut away as it came."""
         inside = self.grid.back(self.scale.invert(volume), self._outside)
-        return self.scan.like_input(np.where(self.scale.known, inside, self.scan.lpet))
+        return self.scan.like_input(np.where(self.known, inside, self.scan.lpet))
 
     @cached_property
     def _outside(self) -> np.ndarray:
         sd = [FIDELITY_SD * WORKING_VOXEL / v for v in self.scan.voxel_size]
-        return ndimage.gaussian_filter(self.scale.filled, sd, mode="nearest")
+        return ndimage.gaussian_filter(self.filled, sd, mode="nearest")
 
     def back(self, volume: np.ndarray) -> np.ndarray:
         """(x, y, z) of any other unit -> the scan's grid, kind and shape; 0 beyond the box."""

@@ -37,8 +37,8 @@ def short_frame_scan(
     The halves share no frame, so their noise is independent; the LPET's frames are also in the SPET, as in list-mode
     thinning. Frames of one duration are asked for and decay-corrected ones assumed; their counts still fall with the
     decay and change with the tracer, so the true ratio of counts is only close to `dose_reduction`. Corrected images of
-    real scans can have negative voxels: those a little below 0 are clipped after averaging, with a warning. Nothing realigns the frames,
-    and the MR is placed by the affines alone. The unit is the sidecar's `Units`.
+    real scans can have negative voxels: they are clipped at 0 after averaging, with a warning. Nothing realigns the
+    frames, and the MR is placed by the affines alone. The unit is the sidecar's `Units`.
 
     Frames are read one by one, so memory holds a few volumes, not the series. Raises OSError when a file cannot be
     read, ValueError when its content or the window will not do. Tried on made-up files of this layout only.
