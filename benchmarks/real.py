@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,7 @@ import fuzz
 import nibabel as nib
 import numpy as np
 import typer
+from scipy import ndimage
 
 import mfdiff_lite as mf
 from mfdiff_lite.config import TEST_ANATOMIES
@@ -77,19 +79,26 @@ def brain_activity() -> tuple[Rows, Notes]:
     inputs["two absurd voxels"] = (spoiled, None)
     inputs["10 % offset of the air"] = (np.where(air, scan.lpet + np.float32(0.1 * level), scan.lpet), None)
     inputs["stripped skull"] = (scan.lpet * scan.mask, scan.mr * scan.mask)
+    brain = smooth_mask(scan.mask)
+    inputs["stripped skull, smooth mask"] = (scan.lpet * brain, scan.mr * brain)
     notes = []
     for name, (lpet, mr) in inputs.items():
         changed = np.abs(lpet - scan.lpet) > 1e-6 * level
-        far = scan.mask if name in ("stripped skull", "10 % offset of the air") else scan.mask & ~near(changed)
+        far = scan.mask & ~near(changed) if "sphere" in name or "voxels" in name else scan.mask
         moved = 100 * (float(model.restore(cut(scan, lpet, mr), 2).mean[far].sum() / plain[far].sum()) - 1)
         notes.append({"input": name, "result": f"brain activity {moved:+.2f} %", "moved": moved})
     return {"brain_activity": max(abs(note["moved"]) for note in notes)}, notes
 
 
+def smooth_mask(mask: np.ndarray) -> np.ndarray:
+    """As brain extraction makes it: sulci and ventricles closed."""
+    margin = ((0, 0), (0, 0), (4, 4))
+    closed = ndimage.binary_closing(np.pad(mask, margin, mode="edge"), iterations=3)
+    return ndimage.binary_fill_holes(closed)[..., 4:-4]
+
+
 def near(where: np.ndarray) -> np.ndarray:
     """Within 14 mm of it."""
-    from scipy import ndimage
-
     return ndimage.distance_transform_edt(~where, 2.0) < 14
 
 
@@ -318,7 +327,9 @@ def main(
     path = RESULTS / "real.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     for name in chosen or MEASURES:
-        rows, notes = MEASURES[name]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are among what is asked for
+            rows, notes = MEASURES[name]()
         targets = Targets("real", {row: GOALS[row] for row in rows}, "make real")
         for row, value in rows.items():
             targets.add(row, value)

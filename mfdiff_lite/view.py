@@ -26,7 +26,7 @@ HOT = 4.0  # times the brain's upper level, smoothed: more than any uptake in tr
 BRIGHT = 3.0  # ... and more than any in a brain
 ABSURD = 40.0  # the same of a single voxel (training: 17, at the highest noise)
 MARGIN = 6.0  # mm round what is hot that its blur reaches
-REACH = (4.0, 12.0)  # mm beyond what is known: up to here as bright as its edge, from there dark
+REACH = (1.0, 5.0)  # mm beyond what is known: up to here as bright as its edge, from there dark
 FIDELITY_SD = 1.5  # voxels of 2 mm; also what lies outside the box is smoothed with it
 
 
@@ -52,8 +52,10 @@ class ActivityScale:
 
     def __init__(self, lpet: np.ndarray, voxel_size: tuple[float, ...]):
         foreign = foreign_to_brain(lpet, voxel_size)
-        block = np.ones([min(3, n) for n in lpet.shape])
-        self.known = ~(foreign | ndimage.binary_opening(lpet == 0, block))
+        zeros = lpet == 0
+        block = np.ones([min(3, n) for n in lpet.shape])  # more than noise clipped at 0 leaves
+        cut_away = ndimage.binary_propagation(ndimage.binary_opening(zeros, block), mask=zeros)
+        self.known = ~(foreign | cut_away)
         self.foreign = foreign
         self.filled = filled(lpet, self.known, voxel_size)
         self.smooth = _smoothed(self.filled, voxel_size)
