@@ -70,7 +70,7 @@ class Scanner:
     contamination: float = within(0.4, 0, 0.95)
     trues_per_mm3: float = within(50.0, 1e-3, 1e5)
     iterations: int = within(3, 1, 1000)
-    subsets: int = within(21, 1)
+    subsets: int = within(21, 1, 2000)
     post_filter: float = within(0.0, 0, 50)
     model_psf: bool = True
     matrix: int = within(128, 8, 1024)
