@@ -4,7 +4,7 @@
     python benchmarks/real.py edges cases  # some of the measurements; the other rows stay as they are
 
 Each function of `MEASURES` fills rows of group "real" in results/targets.json; what it saw goes to results/real.json
-and, with `table`, into the README.
+and the README.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import faults
 import fuzz
 import nibabel as nib
 import numpy as np
@@ -31,7 +32,7 @@ from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
-from results import RESULTS, Targets, write_json
+from results import RESULTS, Targets, write_json, write_readme
 
 # id: (relation, unit, sense, must, aim)
 GOALS = {
@@ -39,6 +40,7 @@ GOALS = {
     "edges": ("|activity of the outermost voxels / that of the whole head - 1|, worst cut", "%", "<=", 3.0, 1.0),
     "cases": ("of eleven inputs that failed, dealt with rightly", "", ">=", 11, 11),
     "fuzz_inputs": ("mutated headers, streams, sidecars, weights and command lines", "", ">=", 10_000, 100_000),
+    "faults": ("kills, full disk, damaged and shared caches that left something half-written or wrong", "", "<=", 0, 0),
     "fuzz_exits": ("of those, exits other than 0 or 2", "", "<=", 0, 0),
 }
 Rows = dict[str, float]
@@ -312,12 +314,28 @@ def fuzzed() -> tuple[Rows, Notes]:
     return {"fuzz_inputs": len(found), "fuzz_exits": len(wrong)}, notes
 
 
+def survived() -> tuple[Rows, Notes]:
+    """Kills, a full disk and damaged caches, see faults.py."""
+    found = faults.run()
+    notes = [
+        {"input": n, "result": "nothing half-written, nothing wrong" if ok else "FAILED"} for n, ok in found.items()
+    ]
+    return {"faults": sum(not ok for ok in found.values())}, notes
+
+
 MEASURES: dict[str, Callable[[], tuple[Rows, Notes]]] = {
     "brain_activity": brain_activity,
     "edges": edges,
     "cases": cases,
     "fuzz": fuzzed,
+    "faults": survived,
 }
+
+
+def readme_block(stored: dict[str, Notes]) -> str:
+    """What was put in and what it gave, in Markdown."""
+    lines = [f"| {note['input']} | {note['result']} |" for name in MEASURES for note in stored.get(name, [])]
+    return "\n".join(["| input or fault | what it gave |", "|---|---|", *lines, ""])
 
 
 def main(
@@ -338,6 +356,7 @@ def main(
         targets.write()
         stored[name] = [{"input": note["input"], "result": note["result"]} for note in notes]
         write_json("real.json", stored)
+        write_readme(readme_block(stored), "real")
 
 
 if __name__ == "__main__":

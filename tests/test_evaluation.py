@@ -143,17 +143,18 @@ def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
         patch.setitem(sys.modules, "results", script("results"))
-        names = ("evidence", "ablations", "adaptation", "course")
+        names = ("evidence", "ablations", "adaptation", "course", "real")
         yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
-@pytest.mark.parametrize("block", ["results", "evidence", "headline", "ablations", "continued", "adaptation"])
+@pytest.mark.parametrize("block", ["results", "evidence", "headline", "ablations", "continued", "adaptation", "real"])
 def test_the_readme_shows_what_the_results_files_hold(benchmarks, block):
     file = {"results": "restore", "headline": "ablations", "continued": "ablations"}.get(block, block)
     stored = json.loads((ROOT / "results" / f"{file}.json").read_text())
     made = {
         "results": lambda script: script["results"].readme_block(stored["tables"], stored["setting"]),
         "evidence": lambda script: script["evidence"].readme_block(stored),
+        "real": lambda script: script["real"].readme_block(stored),
         "headline": lambda script: script["ablations"].readme_block(
             script["ablations"].over_seeds(script["ablations"].complete(stored["headline"]))
         ),
@@ -178,7 +179,7 @@ def test_every_goal_has_its_row(benchmarks):
     groups |= {"evidence": benchmarks["evidence"].GOALS | part.GOALS | part.CONTINUED_GOALS}
     goals = {
         f"{group}.{name}": goal
-        for group, named in (groups | {"course": benchmarks["course"].GOALS}).items()
+        for group, named in (groups | {name: benchmarks[name].GOALS for name in ("course", "real")}).items()
         for name, goal in named.items()
     }
     assert set(rows) == set(goals)
