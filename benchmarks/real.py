@@ -301,9 +301,9 @@ def cases() -> tuple[Rows, Notes]:
     return {"cases": sum(right.values())}, notes
 
 
-def fuzzed() -> tuple[Rows, Notes]:
+def fuzzed(count: int = 10_000) -> tuple[Rows, Notes]:
     """Mutated inputs, see fuzz.py."""
-    found = fuzz.run(10_000, seed=0)
+    found = fuzz.run(count, seed=0)
     wrong = [one for one in found if one.status not in (0, 2)]
     kinds = sorted({one.kind for one in found})
     count = {kind: [one.status for one in found if one.kind == kind] for kind in kinds}
@@ -323,7 +323,7 @@ def survived() -> tuple[Rows, Notes]:
     return {"faults": sum(not ok for ok in found.values())}, notes
 
 
-MEASURES: dict[str, Callable[[], tuple[Rows, Notes]]] = {
+MEASURES: dict[str, Callable[..., tuple[Rows, Notes]]] = {
     "brain_activity": brain_activity,
     "edges": edges,
     "cases": cases,
@@ -340,6 +340,7 @@ def readme_block(stored: dict[str, Notes]) -> str:
 
 def main(
     chosen: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(MEASURES)}; default: all")] = None,
+    inputs: Annotated[int, typer.Option(help="of fuzz")] = 10_000,
 ) -> None:
     """Measure what real inputs do, and write what was found."""
     path = RESULTS / "real.json"
@@ -347,7 +348,7 @@ def main(
     for name in chosen or MEASURES:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are among what is asked for
-            rows, notes = MEASURES[name]()
+            rows, notes = MEASURES[name](*([inputs] if name == "fuzz" else []))
         targets = Targets("real", {row: GOALS[row] for row in rows}, "make real")
         for row, value in rows.items():
             targets.add(row, value)
