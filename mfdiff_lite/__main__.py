@@ -44,8 +44,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 DoseReduction = Annotated[
     float | None,
     typer.Option(
-        help="dose-reduction factor: standard-dose counts / counts of the LPET, 1 to 200 (learned: 4 to 100); without it "
-        "20 is assumed"
+        help="dose-reduction factor: standard-dose counts / counts of the LPET, 1 to 200 (learned: 4 to 100); without "
+        "it 20 is assumed"
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
