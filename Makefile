@@ -26,7 +26,7 @@ STAMP_BOOK := $(VENV)/.installed-book
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation course-targets viewer-targets pages anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation real fuzz course-targets viewer-targets pages anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -99,6 +99,13 @@ ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at o
 adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose image (hours), and compare
 	$(PY) benchmarks/adaptation.py $(ARGS)
 	$(PY) benchmarks/pages.py
+
+real: $(STAMP_DEV)  ## put in what strangers bring in: bright things, edges, damaged files, kills (an hour)
+	$(PY) benchmarks/real.py $(ARGS)
+	$(PY) benchmarks/pages.py
+
+fuzz: $(STAMP_DEV)  ## 10,000 mutated headers, streams, sidecars, weights and command lines (minutes)
+	$(PY) benchmarks/fuzz.py $(ARGS)
 
 course-targets: $(STAMP_DEV)  ## measure what notebooks and book cost (half an hour)
 	$(PY) benchmarks/course.py $(ARGS)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import ablations
 import adaptation
 import evidence
+import real
 
 import results
 from mfdiff_lite.evaluation import beside
@@ -369,6 +370,7 @@ BLOCKS: dict[str, Callable[[dict[str, Number]], str]] = {
     "ablations": lambda found: ablations.table_block(stored("ablations")["variants"]),
     "continued": lambda found: continued_block(),
     "adaptation": lambda found: adaptation_block(),
+    "real": lambda found: real.table_block(stored("real")),
     "claims": claims_table,
     "claims_page": lambda found: claims_table(found, "../"),
     "worth": worth,

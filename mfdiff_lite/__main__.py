@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from . import __version__
+from .config import LARGEST_SEED
 
 if TYPE_CHECKING:
     from .loop import TrainingState
@@ -43,7 +44,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 DoseReduction = Annotated[
     float | None,
     typer.Option(
-        help="dose-reduction factor: standard-dose counts / counts of the LPET, at least 1; without it 20 is assumed"
+        help="dose-reduction factor: standard-dose counts / counts of the LPET, 1 to 200 (learned: 4 to 100); without "
+        "it 20 is assumed"
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
@@ -102,10 +104,10 @@ def _main(show_version: Annotated[bool, typer.Option("--version", help="version 
 # --- what several commands ask -----------------------------------------------------------------------------------
 
 
-def _at_least(low: int, **options: int | None) -> None:
+def _between(low: int, high: int, **options: int | None) -> None:
     for name, value in options.items():
-        if value is not None and value < low:
-            raise ValueError(f"--{name}: expected at least {low}, found {value}")
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name}: expected {low} to {high}, found {value}")
 
 
 def _ready(outputs: list[Path | None], inputs: list[Path | None], force: bool) -> None:
@@ -143,7 +145,7 @@ def _ready_for_folder(path: Path) -> None:
 
 def _known_dose(dose_reduction: float | None) -> float | None:
     if dose_reduction is not None and math.isnan(dose_reduction):
-        raise ValueError("dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found nan")
+        raise ValueError("dose_reduction: expected SPET counts / LPET counts, 1 to 200, found nan")
     return dose_reduction
 
 
@@ -224,7 +226,7 @@ def restore(
         )
     if spet is not None and report is None:
         raise ValueError("--spet: expected --report with it, found none; the standard-dose PET is for the report alone")
-    _at_least(0, seed=seed)
+    _between(0, LARGEST_SEED, seed=seed)
     for path in (out, std):
         if path is not None and not path.name.endswith((".nii", ".nii.gz")):
             raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
@@ -336,7 +338,7 @@ def simulate(
         str, typer.Option(help="an anatomy that `info` lists: embedded, or of BrainWeb once fetched")
     ] = "icbm152",
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
-    dose_reduction: Annotated[float, typer.Option(help="dose-reduction factor, at least 1")] = 20.0,
+    dose_reduction: Annotated[float, typer.Option(help="dose-reduction factor, 1 to 200")] = 20.0,
     shift: Annotated[
         str | None, typer.Option(help="OOD emulation that `info` lists, e.g. edge-scanner; + joins two")
     ] = None,
@@ -349,8 +351,8 @@ def simulate(
     from .readers.brainweb import load_anatomy
     from .scanner import Scanner
 
-    _at_least(1, slices=slices)
-    _at_least(0, seed=seed)
+    _between(1, 500, slices=slices)
+    _between(0, LARGEST_SEED, seed=seed)
     held = [out / f"{name}.nii.gz" for name in SIMULATED if (out / f"{name}.nii.gz").exists()]
     if held and not force:
         raise FileExistsError(f"{held[0]}: exists already; choose another --out or pass --force to replace it")

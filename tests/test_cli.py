@@ -458,12 +458,12 @@ def test_restore_refuses_bad_weights(tmp_path, files, weights, bad):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dose-reduction", "0.5"], "dose_reduction: expected .*at least 1, found 0.5"),
+        (["--dose-reduction", "0.5"], "dose_reduction: expected .* 1 to 200 .*found 0.5"),
         (["--dose-reduction", "nan"], "dose_reduction: .*found nan"),
-        (["--samples", "0"], "n_samples: expected at least 1, found 0"),
+        (["--samples", "0"], "n_samples: expected 1 to 1000, found 0"),
         (["--steps", "0"], "steps"),
         (["--fidelity", "1.5"], "fidelity: expected 0 to 1, found 1.5"),
-        (["--seed", "-1"], "--seed: expected at least 0, found -1"),
+        (["--seed", "-1"], "--seed: expected 0 to 4294967295, found -1"),
         (["--device", "abacus"], "device: expected one that this machine has, found 'abacus'"),
         (["--std", "{out}/std.nii.gz"], "--std: expected --samples of at least 2, found 1"),
         (["--std", "{out}/std.img", "--samples", "2"], "std.img: expected a name that ends in .nii.gz or .nii"),
@@ -561,8 +561,8 @@ def test_folders_that_cannot_be_made(tmp_path, command, below):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--slices", "0"], "--slices: expected at least 1, found 0"),
-        (["--seed", "-1"], "--seed: expected at least 0, found -1"),
+        (["--slices", "0"], "--slices: expected 1 to 500, found 0"),
+        (["--seed", "-1"], "--seed: expected 0 to 4294967295, found -1"),
         (["--anatomy", "atlantis"], "'atlantis' is not known; expected one of icbm152"),
         (["--shift", "winter"], "shift: expected one of edge-scanner, low-contrast, amyloid, .*, found 'winter'"),
         (["--dose-reduction", "0.2", "--slices", "1"], "dose_reduction: .*found 0.2"),
@@ -582,7 +582,7 @@ def test_simulate_refuses(tmp_path, arguments, message):
         (["=3"], "unknown key ''"),
         (["steps"], "steps: expected key=value, found no '='"),
         (["steps=many"], "steps: expected int, found 'many'"),
-        (["steps=0"], "steps: expected at least 1, found 0"),
+        (["steps=0"], "steps: expected 1 to 10000000, found 0"),
         (["dose_range=20"], "dose_range: expected"),
         (["--profile", "huge"], "profile: expected one of smoke, cpu, gpu, found 'huge'"),
         (["--device", "abacus"], "device: expected"),

@@ -143,7 +143,7 @@ def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
         patch.setitem(sys.modules, "results", script("results"))
-        names = ("evidence", "ablations", "adaptation", "course", "viewer")
+        names = ("evidence", "ablations", "adaptation", "course", "viewer", "real")
         yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
@@ -158,6 +158,7 @@ def test_every_goal_has_its_row(benchmarks):
             groups
             | {
                 "viewer": benchmarks["viewer"].GOALS,
+                "real": benchmarks["real"].GOALS,
                 "course": {
                     **benchmarks["course"].GOALS,
                     **benchmarks["course"].CHECKS,
