@@ -57,9 +57,14 @@ def _blur(side: int, fwhm: float, device: str) -> Tensor:
 def _system(side: int, pixel: float, angles: int, first: int, step: int, device: str) -> tuple[Tensor, Tensor]:
     """A subset's rows of the system matrix, and their transpose in rows of its own: products by rows are fast."""
     rows = subset_matrix(side, pixel, angles, first, step)
-    both = (rows, rows.T.tocsr())
     forward, back = (
-        torch.sparse_csr_tensor(*(torch.from_numpy(part) for part in (m.indptr, m.indices, m.data)), m.shape).to(device)
-        for m in both
+        torch.sparse_csr_tensor(
+            torch.from_numpy(one.indptr),
+            torch.from_numpy(one.indices),
+            torch.from_numpy(one.data),
+            one.shape,
+            check_invariants=False,
+        ).to(device)
+        for one in (rows, rows.T.tocsr())
     )
     return forward, back

@@ -692,8 +692,6 @@ def test_many_cases_go_on_after_a_failure_and_skip_what_is_done(tmp_path, table,
     assert "2 restored into" in result.stdout and "0 there already, 1 failed" in result.stdout
     assert f"{table}: expected to restore every case, failed on b" in result.stderr
     assert "bad.nii.gz: expected a NIfTI file" in result.stderr
-    a, c = (nib.load(out / f"{name}.nii.gz").get_fdata() for name in "ac")
-    assert not np.array_equal(a, c)  # the MR and the dose of its own row
     (tmp_path / "in" / "bad.nii.gz").write_bytes((tmp_path / "in" / "lpet.nii.gz").read_bytes())
     before = (out / "a.nii.gz").stat().st_mtime_ns
     again = run(*arguments, "--dose-reduction", 20)
@@ -717,7 +715,7 @@ def test_two_processes_share_the_cases(tmp_path, weights, files):
     assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
 
 
-def test_bids_cases_take_the_mr_of_their_subject(tmp_path, files):
+def test_bids_cases_take_the_mr_of_their_subject(tmp_path):
     for path in ("sub-1/ses-a/pet/sub-1_ses-a_pet.nii.gz", "sub-1/anat/sub-1_T1w.nii.gz", "sub-2/pet/sub-2_pet.nii.gz"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(b"")
