@@ -133,10 +133,11 @@ def operations(task: Callable[[], Any]) -> float:
 
 
 def full_head(slices: int, side: int = SIDE) -> Scan:
-    """A noisy head that fills the field of view, so that every network works on side x side."""
+    """A noisy head that fills the field of view but for what its smoothed rim needs: every network works on side x
+    side."""
     rng = np.random.default_rng(0)
-    x, y = np.ogrid[:side, :side] - np.array((side - 1) / 2)
-    head = (np.maximum(abs(x), abs(y)) < side / 2 - 3)[..., None]
+    x, y = np.indices((side, side)) - (side - 1) / 2
+    head = (np.maximum(abs(x), abs(y)) < side / 2 - 7)[..., None]
     lpet, mr = (rng.gamma(2, 5, (side, side, slices)) * head for _ in range(2))
     return Scan(lpet.astype(np.float32), mr.astype(np.float32), dose_reduction=20)
 

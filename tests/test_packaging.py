@@ -62,6 +62,7 @@ ORDER = [
 ]
 CONDA_NAMES = {"pytorch": "torch"}
 IMPORT_NAMES = {  # where the import is not the distribution's name with _ for -
+    "astra-toolbox": "astra",
     "ipython": "IPython",
     "pillow": "PIL",
     "pytest-xdist": "xdist",
