@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mfdiff_lite import metrics, osem
+import osem
+from mfdiff_lite import metrics
 from mfdiff_lite.cohort import SliceDataset, make_cohort
 from mfdiff_lite.config import load_profile
 from mfdiff_lite.denoiser import ConditionalUNet
@@ -428,7 +429,7 @@ def fill(targets: Targets, found: dict[str, Any]) -> None:
     times = found["reconstruction"]["cpu_seconds"]
     targets.add("osem", times["ASTRA"] / min(times["SciPy"], times["PyTorch"]))
     _, middle, most = found["growth"]["slices"]
-    a_slice = [row["seconds"] / row["slices"] for row in (middle, most)]
+    a_slice = [row["cpu_seconds"] / row["slices"] for row in (middle, most)]
     targets.add("linear", 100 * abs(a_slice[1] / a_slice[0] - 1))
     targets.add("memory", most["peak_gb"] / middle["peak_gb"])
 

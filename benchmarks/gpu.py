@@ -34,8 +34,8 @@ import numpy as np
 import torch
 import typer
 
+import osem
 from bench import Peer
-from mfdiff_lite import osem
 from mfdiff_lite.cohort import make_cohort
 from mfdiff_lite.config import Profile, load_profile
 from mfdiff_lite.loop import CHECKPOINT

@@ -301,7 +301,7 @@ def restore_all(
     device: Device = "auto",
 ) -> None:
     """Restore many cases one after the other; go on after a failure, and end with a summary."""
-    from .cases import find_cases
+    from .readers.cases import find_cases
 
     index, count = _share(share)
     _chosen(quality, None)

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from mfdiff_lite import __main__ as cli
 from mfdiff_lite import stage2
-from mfdiff_lite.cases import find_cases
 from mfdiff_lite.config import Adaptation, load_profile
 from mfdiff_lite.files import load_scan
 from mfdiff_lite.model import MFdiff, load_model, save_model
+from mfdiff_lite.readers.cases import find_cases
 
 NAMES = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions", "half_a", "half_b")
 

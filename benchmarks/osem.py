@@ -12,8 +12,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from .config import FWHM_TO_SD
-from .scanner import Scanner, Sinogram, blur_matrix, field_of_view, subset_matrix, subset_order
+from mfdiff_lite.config import FWHM_TO_SD
+from mfdiff_lite.scanner import Scanner, Sinogram, blur_matrix, field_of_view, subset_matrix, subset_order
 
 
 def reconstruct(scanner: Scanner, sinogram: Sinogram, device: str | torch.device = "cpu") -> np.ndarray:
