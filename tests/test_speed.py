@@ -104,7 +104,7 @@ def test_pytorch_reconstructs_what_the_scanner_does(scripts, settings):
     scanner = Scanner(matrix=64, pixel_size=4.0, angles=84, psf_fwhm=6.0, **settings)
     x, y = np.indices((64, 64)) - 31.5
     head = (np.hypot(x, y) < 20)[..., None].repeat(3, 2).astype(np.float32)
-    counts = scanner.acquire(head * (10 + 20 * (np.hypot(x - 8, y) < 3))[..., None], 0.0096 * head, seed=0)
+    counts = scanner.acquire(head * (10 + 20 * (np.hypot(x - 8, y) < 3))[..., None], 0.096 * head, seed=0)
     wanted, found = scanner.reconstruct(counts), scripts["osem"].reconstruct(scanner, counts)
     assert found.shape == wanted.shape and found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * wanted.max())
