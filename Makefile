@@ -23,10 +23,11 @@ LAB        := runs/lab-settings
 STAMP      := $(VENV)/.installed
 STAMP_DEV  := $(VENV)/.installed-dev
 STAMP_BOOK := $(VENV)/.installed-book
+STAMP_BENCH := $(VENV)/.installed-bench
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation real fuzz course-targets viewer-targets pages anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation real fuzz course-targets viewer-targets pages bench gpu anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -110,6 +111,13 @@ fuzz: $(STAMP_DEV)  ## 10,000 mutated headers, streams, sidecars, weights and co
 course-targets: $(STAMP_DEV)  ## measure what notebooks and book cost (half an hour)
 	$(PY) benchmarks/course.py $(ARGS)
 
+bench: $(STAMP_BENCH)  ## measure speed against other packages, and how cost grows (10 minutes on an idle machine)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/bench.py $(ARGS)
+
+gpu: MINUTES ?= 20
+gpu: $(STAMP_BENCH)  ## everything to do with a GPU at hand, resumable (MINUTES=20 of training; says so where there is none)
+	$(PY) benchmarks/gpu.py --minutes $(MINUTES) $(ARGS)
+
 viewer-targets: $(STAMP_DEV)  ## measure the viewer in Chromium: speed, size, fit, tests (minutes)
 	$(PY) benchmarks/viewer.py $(ARGS)
 
@@ -154,5 +162,10 @@ $(STAMP_BOOK): pyproject.toml $(if $(call stale,$(STAMP_BOOK)),FORCE) | $(VENV)/
 $(STAMP_DEV): pyproject.toml $(if $(call stale,$(STAMP_DEV)),FORCE) | $(VENV)/bin/pip
 	$(call install,.[dev])
 	@pwd -P > $(STAMP); pwd -P > $(STAMP_BOOK); pwd -P > $@
+
+# Only adds to what is there: a PyTorch that is installed already stays.
+$(STAMP_BENCH): $(STAMP_DEV) $(if $(call stale,$(STAMP_BENCH)),FORCE)
+	$(call install,.[bench])
+	@pwd -P > $@
 
 FORCE:

@@ -49,6 +49,12 @@ DoseReduction = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
+Quality = Annotated[
+    str,
+    typer.Option(
+        help="fast: the coarse estimate, no samples; standard: mean and SD of 8; full: of 32, single precision"
+    ),
+]
 Mr = Annotated[
     Path | None,
     typer.Option(help="MR of the same head, registered to the PET; any grid; without it the PET alone is used"),
@@ -202,7 +208,10 @@ def restore(
     mr: Mr = None,
     std: Annotated[Path | None, typer.Option(help="also write the voxel-wise SD of the samples")] = None,
     dose_reduction: DoseReduction = None,
-    samples: Annotated[int, typer.Option(help="samples to average; 1 is fastest, 8 gives mean and SD")] = 8,
+    quality: Quality = "standard",
+    samples: Annotated[
+        int | None, typer.Option(help="samples to average; default: as many as the quality says")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="sampler steps; default 6")] = None,
     fidelity: Annotated[
         float | None, typer.Option(help="0 to 1, pull towards the measured LPET: more lesion contrast, more noise")
@@ -220,9 +229,10 @@ def restore(
 
     from .files import load_scan, save_volume
 
-    if std is not None and samples < 2:
+    chosen = _chosen(quality, samples)
+    if std is not None and chosen["n_samples"] < 2:
         raise ValueError(
-            f"--std: expected --samples of at least 2, found {samples}; raise --samples or leave out --std"
+            f"--std: expected --samples of at least 2, found {chosen['n_samples']}; raise --samples or leave out --std"
         )
     if spet is not None and report is None:
         raise ValueError("--spet: expected --report with it, found none; the standard-dose PET is for the report alone")
@@ -236,12 +246,10 @@ def restore(
     model = _model(weights, device)
     if adapt_first:
         model = _adapted(model, scan, device)
-    chosen: dict[str, Any] = {
-        key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None
-    }
+    chosen |= {key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None}
     progress = functools.partial(tqdm, desc="restoring", unit="slice", disable=None)
     began = time.monotonic()
-    restored = model.restore(scan, samples, seed=seed, progress=progress, **chosen)
+    restored = model.restore(scan, seed=seed, progress=progress, **chosen)
     seconds = time.monotonic() - began
     written = [save_volume(out, restored.mean, scan, force)]
     if std is not None:
@@ -254,6 +262,15 @@ def restore(
     print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
     for path in written:
         print(f"wrote {path}")
+
+
+def _chosen(quality: str, samples: int | None) -> dict[str, Any]:
+    """Arguments of `MFdiff.restore` for a quality, and for another number of samples."""
+    from .model import QUALITIES
+
+    if quality not in QUALITIES:
+        raise ValueError(f"--quality: expected one of {', '.join(QUALITIES)}, found {quality!r}")
+    return QUALITIES[quality] | ({} if samples is None else {"n_samples": samples})
 
 
 def _adapted(model: MFdiff, scan: Scan, device: str) -> MFdiff:
@@ -298,6 +315,56 @@ def _report(
     with whole_file(path, force) as partial:
         partial.write_text(report_html(scan, restored, lines, table, hints), "utf-8")
     return path
+
+
+@_command
+def restore_all(
+    cases: Annotated[
+        Path,
+        typer.Argument(
+            help="a CSV table with columns lpet and, as known, mr, dose_reduction, name; or a folder: cases of "
+            "`simulate`, or BIDS"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="folder for NAME.nii.gz of each case; what is there already is skipped")],
+    dose_reduction: DoseReduction = None,
+    quality: Quality = "standard",
+    weights: Annotated[Path | None, typer.Option(help="weights of `train`; default: the shipped ones")] = None,
+    share: Annotated[str, typer.Option(help="i/n: every n-th case from the i-th, from 0, for n processes")] = "0/1",
+    device: Device = "auto",
+) -> None:
+    """Restore many cases one after the other; go on after a failure, and end with a summary."""
+    from .readers.cases import find_cases
+
+    index, count = _share(share)
+    _chosen(quality, None)
+    _ready_for_folder(out)
+    mine = find_cases(cases)[index::count]
+    out.mkdir(parents=True, exist_ok=True)
+    skipped, failed = 0, []
+    for number, case in enumerate(mine, start=1):
+        target = out / f"{case.name}.nii.gz"
+        if target.exists():  # a file is written whole or not at all
+            skipped += 1
+            continue
+        print(f"{number} of {len(mine)}: {case.name}")
+        try:
+            dose = dose_reduction if case.dose_reduction is None else case.dose_reduction
+            restore(case.lpet, target, case.mr, dose_reduction=dose, quality=quality, weights=weights, device=device)
+        except typer.Exit as error:  # its sentence is said already
+            if error.exit_code == 130:
+                raise
+            failed.append(case.name)
+    print(f"{len(mine) - skipped - len(failed)} restored into {out}, {skipped} there already, {len(failed)} failed")
+    if failed:
+        _stop(f"{cases}: expected to restore every case, failed on {', '.join(failed)}; see above, then repeat", 2)
+
+
+def _share(share: str) -> tuple[int, int]:
+    index, _, count = share.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--share: expected i/n with i from 0 to n - 1, e.g. 0/2, found {share!r}")
+    return int(index), int(count)
 
 
 # --- view --------------------------------------------------------------------------------------------------------

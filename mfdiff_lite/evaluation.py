@@ -157,7 +157,7 @@ def named_images(restored: Any) -> dict[str, Any]:
     if not hasattr(restored, "coarse"):
         return {"restored": restored}
     k = restored.settings["n_samples"]
-    images = {"coarse": restored.coarse, "one sample": restored.samples[0]}
+    images = {"coarse": restored.coarse} | ({"one sample": restored.samples[0]} if k else {})
     return images | ({f"mean of {k} samples": restored.mean} if k > 1 else {})
 
 

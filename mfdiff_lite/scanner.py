@@ -107,10 +107,10 @@ class Scanner:
         return self._blur(image) if psf else image
 
     def _subset_matrix(self, subset: slice) -> sparse.csr_matrix:
-        return _subset_matrix(self.matrix, self.pixel_size, self.angles, subset.start, subset.step)
+        return subset_matrix(self.matrix, self.pixel_size, self.angles, subset.start, subset.step)
 
     def _blur(self, image: np.ndarray) -> np.ndarray:
-        blur = _blur_matrix(self.matrix, self.psf_fwhm / self.pixel_size)
+        blur = blur_matrix(self.matrix, self.psf_fwhm / self.pixel_size)
         along_x = rearrange(blur @ rearrange(image, "x y n -> x (y n)"), "x (y n) -> y (x n)", y=self.matrix)
         return rearrange(blur @ along_x, "y (x n) -> x y n", x=self.matrix)
 
@@ -159,8 +159,8 @@ class Scanner:
         """
         spread, gather = kernel
         image = np.ones((self.matrix, self.matrix, sinogram.counts.shape[-1]), np.float32)
-        image *= _field_of_view(self.matrix)[..., None]
-        subsets = [slice(first, None, self.subsets) for first in _subset_order(self.subsets)]
+        image *= field_of_view(self.matrix)[..., None]
+        subsets = [slice(first, None, self.subsets) for first in subset_order(self.subsets)]
         norms = [gather(self.adjoint(sinogram.sensitivity[s], s, self.model_psf)) for s in subsets]
         floor = 1e-6 * max(float(norm.max()) for norm in norms)
         for _ in range(self.iterations):
@@ -220,20 +220,21 @@ class Scanner:
             )
 
 
-def _subset_order(subsets: int) -> list[int]:
+def subset_order(subsets: int) -> list[int]:
     """Subsets in an order that keeps successive angles far apart (golden-ratio step)."""
     step = next(s for s in range(max(1, round(subsets * 0.382)), subsets + 1) if np.gcd(s, subsets) == 1)
     return [(i * step) % subsets for i in range(subsets)]
 
 
 @lru_cache(maxsize=8)
-def _field_of_view(matrix: int) -> np.ndarray:
+def field_of_view(matrix: int) -> np.ndarray:
+    """1 in the circle that every angle sees, (X, Y) float32."""
     axis = np.arange(matrix) - (matrix - 1) / 2
     return (axis[:, None] ** 2 + axis[None, :] ** 2 <= (matrix / 2) ** 2).astype(np.float32)
 
 
 @lru_cache(maxsize=32)
-def _blur_matrix(matrix: int, fwhm: float) -> sparse.csr_matrix:
+def blur_matrix(matrix: int, fwhm: float) -> sparse.csr_matrix:
     """Gaussian blur along one axis as a symmetric Toeplitz matrix (zero outside the field of view).
 
     Sparse, because the multi-threaded product of dense matrices as small as these takes many times longer on a busy
@@ -247,9 +248,10 @@ def _blur_matrix(matrix: int, fwhm: float) -> sparse.csr_matrix:
 
 
 @lru_cache(maxsize=256)
-def _subset_matrix(
+def subset_matrix(
     matrix: int, pixel_size: float, angles: int, first: int | None, step: int | None
 ) -> sparse.csr_matrix:
+    """The rows of the system matrix that belong to every `step`-th angle from `first`."""
     full = _system_matrix(matrix, pixel_size, angles)
     rows = rearrange(np.arange(angles * matrix), "(a b) -> a b", b=matrix)[first::step].ravel() if step else slice(None)
     return full[rows]

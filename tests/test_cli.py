@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -24,6 +25,7 @@ from mfdiff_lite import stage2
 from mfdiff_lite.config import Adaptation, load_profile
 from mfdiff_lite.files import load_scan
 from mfdiff_lite.model import MFdiff, load_model, save_model
+from mfdiff_lite.readers.cases import find_cases
 
 NAMES = ("lpet", "spet", "mr", "activity", "mask", "tissues", "lesions", "half_a", "half_b")
 
@@ -460,7 +462,8 @@ def test_restore_refuses_bad_weights(tmp_path, files, weights, bad):
     [
         (["--dose-reduction", "0.5"], "dose_reduction: expected .* 1 to 200 .*found 0.5"),
         (["--dose-reduction", "nan"], "dose_reduction: .*found nan"),
-        (["--samples", "0"], "n_samples: expected 1 to 1000, found 0"),
+        (["--samples", "-1"], "n_samples: expected 0 to 1000, found -1"),
+        (["--quality", "best"], "--quality: expected one of fast, standard, full, found 'best'"),
         (["--steps", "0"], "steps"),
         (["--fidelity", "1.5"], "fidelity: expected 0 to 1, found 1.5"),
         (["--seed", "-1"], "--seed: expected 0 to 4294967295, found -1"),
@@ -645,6 +648,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, files, weights, monkeypatch):
 def test_help_names_every_option_with_its_meaning():
     commands = {
         "restore": cli.restore,
+        "restore-all": cli.restore_all,
         "simulate": cli.simulate,
         "evaluate": cli.evaluate,
         "view": cli.view,
@@ -661,6 +665,7 @@ def test_help_names_every_option_with_its_meaning():
             "0 to 1",
             "HTML",
         ],
+        "restore-all": ["CSV table", "BIDS", "i/n", "skipped"],
         "simulate": ["axial slices", "dose-reduction factor", "(.nii.gz)", "edge-scanner"],
         "adapt": ["two count halves", "an SPET", "key=value", "half of the LPET's counts"],
         "view": ["NIfTI files", "unit of the images"],
@@ -677,12 +682,91 @@ def test_help_names_every_option_with_its_meaning():
                 "settings": "[settings]",
                 "adapt_first": "--adapt",
                 "images": "{images}",
+                "cases": "cases",
             }.get(parameter, "--" + parameter.replace("_", "-"))
             assert option in text.lower(), (name, option)  # some typers shout the names of arguments
         for words in units[name]:
             assert words in text, (name, words)
         assert name in overview
     assert "not a medical device" in " ".join(overview.split())
+
+
+# ---- many cases ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path, files):
+    """Three cases, the second one damaged."""
+    (tmp_path / "in" / "bad.nii.gz").write_bytes(b"nothing")
+    rows = ["lpet,mr,dose_reduction,name", "lpet.nii.gz,mr.nii.gz,20,a", "bad.nii.gz,,,b", "lpet.nii.gz,,4,c"]
+    path = tmp_path / "in" / "cases.csv"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def test_many_cases_go_on_after_a_failure_and_skip_what_is_done(tmp_path, table, weights):
+    out = tmp_path / "many"
+    arguments = ["restore-all", table, "--out", out, "--quality", "fast", "--weights", weights]
+    result = run(*arguments)
+    assert result.exit_code == 2 and sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert "2 restored into" in result.stdout and "0 there already, 1 failed" in result.stdout
+    assert f"{table}: expected to restore every case, failed on b" in result.stderr
+    assert "bad.nii.gz: expected a NIfTI file" in result.stderr
+    (tmp_path / "in" / "bad.nii.gz").write_bytes((tmp_path / "in" / "lpet.nii.gz").read_bytes())
+    before = (out / "a.nii.gz").stat().st_mtime_ns
+    again = run(*arguments, "--dose-reduction", 20)
+    assert again.exit_code == 0 and "1 restored into" in again.stdout and "2 there already, 0 failed" in again.stdout
+    assert (out / "a.nii.gz").stat().st_mtime_ns == before
+
+
+def test_two_processes_share_the_cases(tmp_path, weights, files):
+    folder = tmp_path / "cohort"
+    for name in "abc":
+        (folder / name).mkdir(parents=True)
+        (folder / name / "lpet.nii.gz").write_bytes(Path(files[0]).read_bytes())
+    out = tmp_path / "many"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mfdiff_lite", "restore-all", folder, "--out", out, "--quality", "fast"]
+    command += ["--dose-reduction", "20", "--weights", weights, "--share"]
+    both = [subprocess.Popen([*map(str, command), f"{i}/2"], env=environment, text=True, stdout=-1) for i in (0, 1)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert ["2 restored" in said[0], "1 restored" in said[1]] == [True, True]
+    assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+
+
+def test_bids_cases_take_the_mr_of_their_subject(tmp_path):
+    for path in ("sub-1/ses-a/pet/sub-1_ses-a_pet.nii.gz", "sub-1/anat/sub-1_T1w.nii.gz", "sub-2/pet/sub-2_pet.nii.gz"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"")
+    one, two = find_cases(tmp_path)
+    assert (one.name, one.mr) == ("sub-1_ses-a_pet", tmp_path / "sub-1/anat/sub-1_T1w.nii.gz")
+    assert (two.name, two.mr, two.dose_reduction) == ("sub-2_pet", None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pet\na.nii\n", "expected a column lpet, found pet"),
+        ("lpet\n", "found no case"),
+        ("lpet,mr\n,b.nii\n", "line 2: expected a path in the column lpet"),
+        ("lpet,name\na.nii,x\nb.nii,x\n", "found x twice"),
+        ("lpet,name\na.nii,../x\n", "line 2: expected a name without folders"),
+        ("lpet,dose_reduction\na.nii,low\n", "line 2: expected a number, found dose_reduction 'low'"),
+        (None, "expected a folder or a CSV table of cases, found nothing"),
+    ],
+)
+def test_tables_of_cases_that_cannot_be_used_are_refused(tmp_path, text, message):
+    path = tmp_path / "cases.csv"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    refused(run("restore-all", path, "--out", tmp_path / "out"), message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", ["2/2", "1", "a/b", "-1/2"])
+def test_a_share_is_one_of_n(tmp_path, table, share):
+    refused(run("restore-all", table, "--out", tmp_path / "many", f"--share={share}"), "--share: expected i/n")
 
 
 # ---- as a process of its own ---------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ ORDER = [
     "evaluation",
     "readers",
     "readers.brainweb",
+    "readers.cases",
     "readers.frames",
     "look.panes",
     "look.page",
@@ -62,6 +63,7 @@ ORDER = [
 ]
 CONDA_NAMES = {"pytorch": "torch"}
 IMPORT_NAMES = {  # where the import is not the distribution's name with _ for -
+    "astra-toolbox": "astra",
     "ipython": "IPython",
     "pillow": "PIL",
     "pytest-xdist": "xdist",

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
-from mfdiff_lite.scanner import Scanner, Sinogram, _subset_order
+from mfdiff_lite.scanner import Scanner, Sinogram, subset_order
 
 SMALL = Scanner(matrix=64, pixel_size=4.0, angles=84, psf_fwhm=6.0)  # same field of view, a quarter of the work
 
@@ -84,7 +84,7 @@ def test_subsets_are_rows_of_the_whole_operator():
 
 @pytest.mark.parametrize("subsets", [1, 2, 3, 7, 21, 34])
 def test_each_subset_is_visited_once(subsets):
-    assert sorted(_subset_order(subsets)) == list(range(subsets))
+    assert sorted(subset_order(subsets)) == list(range(subsets))
 
 
 @pytest.mark.parametrize("centre", [(0.0, 0.0), (31.0, -44.0)])
