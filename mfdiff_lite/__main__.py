@@ -27,6 +27,7 @@ import typer
 from . import __version__
 
 if TYPE_CHECKING:
+    from .checks import Finding
     from .loop import TrainingState
     from .model import MFdiff, Restoration
     from .scan import Scan
@@ -46,11 +47,15 @@ DoseReduction = Annotated[
         help="dose-reduction factor: standard-dose counts / counts of the LPET, at least 1; without it 20 is assumed"
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
+Force = Annotated[bool, typer.Option("--force", help="replace output files that exist; go on where a check refuses")]
 Mr = Annotated[
     Path | None,
     typer.Option(help="MR of the same head, registered to the PET; any grid; without it the PET alone is used"),
 ]
+Register = Annotated[bool, typer.Option("--register", help="move the MR rigidly to the PET first (extra `register`)")]
+Frame = Annotated[int | None, typer.Option(help="one frame, from 0, of a dynamic PET")]
+Frames = Annotated[str | None, typer.Option(help="'mean': of all frames of a dynamic PET, by their durations")]
+Suv = Annotated[bool, typer.Option("--suv", help="activities as SUV; weight, dose and times are the sidecar's")]
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +66,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                function(*args, **kwargs)
+                function(*args, **{k: v.expanduser() if isinstance(v, Path) else v for k, v in kwargs.items()})
             for message in dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning):
                 _say(f"warning: {message}")
         except typer.Exit:
@@ -195,7 +200,7 @@ def _followed(
 
 @_command
 def restore(
-    lpet: Annotated[Path, typer.Option(help="low-dose PET, 3-D NIfTI, any orientation and voxel size")],
+    lpet: Annotated[Path, typer.Option(help="low-dose PET: NIfTI, any orientation and voxel size, or a DICOM folder")],
     out: Annotated[Path, typer.Option(help="the restored PET, on the grid and in the unit of the LPET")],
     mr: Mr = None,
     std: Annotated[Path | None, typer.Option(help="also write the voxel-wise SD of the samples")] = None,
@@ -210,12 +215,18 @@ def restore(
     device: Device = "auto",
     report: Annotated[Path | None, typer.Option(help="also write an HTML page with pictures")] = None,
     adapt_first: Annotated[bool, typer.Option("--adapt", help="stage 2 first: adapt to this scan, minutes")] = False,
+    register: Register = False,
+    frame: Frame = None,
+    frames: Frames = None,
+    suv: Suv = False,
     force: Force = False,
 ) -> None:
     """Restore a low-dose PET, with the help of an MR of the same head if there is one."""
     from tqdm import tqdm
 
-    from .files import load_scan, save_volume
+    from .checks import check_result, check_scan, speak
+    from .files import save_volume
+    from .record import record_path
 
     if std is not None and samples < 2:
         raise ValueError(
@@ -225,8 +236,9 @@ def restore(
     for path in (out, std):
         if path is not None and not path.name.endswith((".nii", ".nii.gz")):
             raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
-    _ready([out, std, report], [lpet, mr, weights], force)
-    scan = load_scan(lpet, mr, dose_reduction=_known_dose(dose_reduction))
+    _ready([out, record_path(out), std, report], [lpet, mr, weights], force)
+    scan = _scan(lpet, mr, dose_reduction, frame, frames, suv, register)
+    speak(check_scan(scan), force)
     model = _model(weights, device)
     if adapt_first:
         model = _adapted(model, scan, device)
@@ -237,9 +249,12 @@ def restore(
     began = time.monotonic()
     restored = model.restore(scan, samples, seed=seed, progress=progress, **chosen)
     seconds = time.monotonic() - began
-    written = [save_volume(out, restored.mean, scan, force)]
+    findings = check_scan(scan) + check_result(scan, restored)
+    speak(findings, force=True)
+    written = [save_volume(out, restored.mean, scan, force, f"mfdiff_lite: mean of {samples} samples")]
     if std is not None:
-        written.append(save_volume(std, restored.std, scan, force))
+        written.append(save_volume(std, restored.std, scan, force, f"mfdiff_lite: SD of {samples} samples"))
+    written.append(_record(out, {"lpet": lpet, "mr": mr, "weights": weights}, scan, restored, model, findings, force))
     if report is not None:
         lines = {"LPET": lpet, "MR": mr or "none", "restored": out, "dose reduction": f"{scan.dose_reduction:g}"}
         lines |= {"weights": _weights_line(model, weights), **restored.settings, "seconds": f"{seconds:.1f}"}
@@ -247,6 +262,55 @@ def restore(
     print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
     for path in written:
         print(f"wrote {path}")
+
+
+def _scan(
+    lpet: Path,
+    mr: Path | None,
+    dose_reduction: float | None,
+    frame: int | None,
+    frames: str | None,
+    suv: bool,
+    register: bool,
+) -> Scan:
+    """The scan of the options that name files."""
+    from .files import load_scan
+
+    if frames not in (None, "mean") or None not in (frame, frames):
+        raise ValueError("--frames: expected 'mean', or --frame and a number, found neither or both; give one of them")
+    if register and mr is None:
+        raise ValueError("--register: expected an MR to move, found none; name it with --mr, or leave out --register")
+    at_once = None if register else mr
+    chosen = frames if frame is None else frame
+    scan = load_scan(lpet, at_once, dose_reduction=_known_dose(dose_reduction), frames=chosen, suv=suv)
+    if not register:
+        return scan
+    from .readers.register import register as moved
+
+    done = moved(scan, mr)  # type: ignore[arg-type]  # there is one
+    print(f"registered {mr}: moved by {done.distance:.1f} mm and {done.angle:.1f} degrees")
+    return done.scan
+
+
+def _record(
+    out: Path,
+    sources: dict[str, Path | None],
+    scan: Scan,
+    restored: Restoration,
+    model: MFdiff,
+    findings: list[Finding],
+    force: bool,
+) -> Path:
+    from .record import write_record
+
+    details = {
+        "Units": scan.unit,
+        "DoseReduction": scan.dose_reduction,
+        "Settings": restored.settings,
+        "Weights": {"fingerprint": model.fingerprint, "card": model.card},
+    }
+    said = "low-dose PET restored towards the standard dose; for teaching and research, not a medical device"
+    return write_record(out, said, sources, findings, details, __version__, sys.argv[1:], force)
 
 
 def _adapted(model: MFdiff, scan: Scan, device: str) -> MFdiff:
@@ -440,6 +504,7 @@ def adapt(
     force: Force = False,
 ) -> None:
     """Stage 2: adapt the weights to one scan of a scanner never seen (minutes), without a standard-dose image."""
+    from .checks import check_scan, speak
     from .config import load_adaptation
     from .files import load_scan
     from .model import save_model
@@ -454,6 +519,7 @@ def adapt(
         raise ValueError(f"objective: expected one, found --objective {objective} and objective={chosen.objective}")
     _ready([out, out.with_suffix(".json")], [lpet, mr, half_a, half_b, spet, weights], force)
     scan = load_scan(lpet, mr, spet, _known_dose(dose_reduction), half_paths=(half_a, half_b))
+    speak(check_scan(scan), force)
     parent, run = _model(weights, device), out.with_suffix(".run")
     states = train_stage2(parent, scan, settings=chosen, out=run, resume=resume, device=device)
     for state in _followed(states, "stage 2", _gain, f"the same command and --resume ({run} holds it)"):
