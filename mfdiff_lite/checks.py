@@ -343,8 +343,8 @@ def _halves(scan: Scan) -> Finding | None:
         return _finding("halves-same", True, alike, COPIED, sentence, "refuse")
     off = abs(float((a + b)[mask].sum() / (2 * scan.lpet[mask].sum())) - 1)
     sentence = (
-        f"{called}: expected halves whose mean is the LPET, found {off:.0%} between their activities; give the halves of "
-        "this LPET, in its unit"
+        f"{called}: expected halves whose mean is the LPET, found {off:.0%} between their activities; give the "
+        "halves of this LPET, in its unit"
     )
     return _finding("halves-sum", off > HALVES, off, HALVES, sentence, "refuse")
 

@@ -2,8 +2,8 @@
 
     folder of DICOM --dcm2niix--> image.nii.gz + image.json        image (X, Y, Z, T) --frame or mean--> (X, Y, Z)
 
-Fields and their units are those of BIDS ("Positron Emission Tomography"): activities in MBq unless said otherwise, times
-in s after `TimeZero`, weight in kg. dcm2niix applies every slice's own rescale slope and writes the same fields.
+Fields and their units are those of BIDS ("Positron Emission Tomography"): activities in MBq unless said otherwise,
+times in s after `TimeZero`, weight in kg. dcm2niix applies every slice's own rescale slope and writes the same fields.
 """
 
 from __future__ import annotations

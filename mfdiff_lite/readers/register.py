@@ -64,7 +64,7 @@ def register(scan: Scan, mr: str | Path | nib.Nifti1Image) -> Registered:
 
 
 def rigid_motion(scan: Scan, mr: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
-    """The motion (4, 4) that brings the MR to the PET, world RAS mm, and the centre of the PET's head it turns about."""
+    """The motion (4, 4) that brings the MR to the PET, world RAS mm, and the centre of the head in the PET."""
     try:
         sitk: Any = importlib.import_module("SimpleITK")
     except ImportError:
