@@ -1,7 +1,7 @@
 """What looks wrong with a scan before it is restored, and with the result after it: findings, each with its number.
 
-noise      low-frequency noise of the LPET, read off it (`NoiseModel`), as true counts per mm^3: the lower frequencies
-           are what reconstruction and filter change least. counts * DRF is the standard dose, which has a usual size.
+noise      true counts per mm^3 of the LPET, from second differences of its slices in three in-plane bands: a regression
+           on training scans. counts * DRF is the standard dose, which has a usual size: DRF itself leaves no trace.
 MR         R^2(s): share of the band-passed LPET near the brain that a linear mix of band-passed MR classes explains
            when the MR is shifted by s. Any MR contrast will do, and neither level nor gain of either image matters.
                registered: highest near s = 0 | shifted: highest elsewhere | mirrored: higher for the mirrored MR
@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from scipy import fft, ndimage
 
-from .noise import SLICES, NoiseModel
+from .noise import SLICES, second_difference
 from .scan import Scan, as_array
 from .view import ActivityScale, WorkingGrid, brain_mask
 
@@ -34,6 +34,9 @@ CLASSES = 5  # of MR signal, equally many voxels each
 REACH = 24.0  # mm, how far the MR is moved
 NEAR = 4.5  # mm, what counts as registered
 MIDDLE = 24  # slices that the noise is read off
+SMOOTHER = (0.8, 1.6, 3.2)  # voxels, SD of the Gaussians between which the bands lie
+# log(counts) = COUNTS . (1, log variance in three bands, how much it falls short of that four slices apart, smoothness)
+COUNTS = np.array([-3.422, 0.003, -0.316, -0.777, 2.171, 0.469, -0.867, -0.404])
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Seen:
     # --- noise ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def noise(self) -> dict[str, float] | None:
-        return noise_measures(self.lpet, self.mask)
+    def counts(self) -> float | None:
+        """True counts per mm^3 that the noise of the LPET tells of; None if it has too few slices."""
+        return counts(self.lpet, self.mask)
 
     @cached_property
-    def mr_noise(self) -> dict[str, float] | None:
-        return None if self.mr is None else noise_measures(self.mr, self.mask)
+    def mr_counts(self) -> float | None:
+        """The same of the MR, as if it were a PET."""
+        return None if self.mr is None else counts(self.mr, self.mask)
 
     # --- MR ------------------------------------------------------------------------------------------------------
 
@@ -96,26 +101,23 @@ class Seen:
         return 0.0 if self.mr is None else detail_correlation(self.lpet, self.mr, self.mask)
 
 
-def noise_measures(image: np.ndarray, mask: np.ndarray) -> dict[str, float] | None:
-    """Noise of the middle of an image (x, y, z): relative SD, variance in bands, correlation; None if too thin."""
+def counts(image: np.ndarray, mask: np.ndarray) -> float | None:
+    """True counts per mm^3 that the noise of an image (x, y, z) of 2 mm tells of; None if it is too thin for it."""
     first = max(0, (image.shape[2] - MIDDLE) // 2)
     image, mask = image[..., first : first + MIDDLE], mask[..., first : first + MIDDLE]
     if image.shape[2] < SLICES or not mask.any():
         return None
-    model = NoiseModel(image, mask)
-    relative = float(model.sd[mask].mean() / image[mask].mean())
-    x, y = np.fft.fftfreq(model.padded[0], 2.0), np.fft.rfftfreq(model.padded[1], 2.0)
-    frequency = np.hypot(x[:, None], y[None, :])  # 1/mm
-    power = relative**2 * model.colour**2
-    edges = (0.015, 0.03, 0.045, 0.06, 0.08, 0.11, 0.15, 0.25)
-    bands = [power[(frequency >= a) & (frequency < b)].mean() for a, b in zip(edges, edges[1:], strict=False)]
-    found = {f"band{i}": float(v) for i, v in enumerate(bands)}
-    return found | {
-        "relative": relative * math.sqrt(max(model.level, 0.0)),
-        "axial": float(model.rho[1]),
-        "axial2": float(model.rho[2]),
-        "anatomy": model.floor,
-    }
+    level = float(image[mask].mean())
+    if level <= 0:
+        return None
+    smooth = [image, *(ndimage.gaussian_filter(image, (sd, sd, 0), mode="nearest") for sd in SMOOTHER)]
+    bands = [a - b for a, b in zip(smooth, smooth[1:], strict=False)]  # fine, middle, coarse
+    near, far = (
+        np.log([max(float((second_difference(b, d)[mask] ** 2).mean()) / level**2, 1e-8) for b in bands])
+        for d in (1, 4)
+    )
+    smoothness = max(0.0, -0.8 - near[0] + near[2])
+    return float(np.exp(COUNTS @ [1.0, *near, *(near - far), smoothness]))
 
 
 def coarse(image: np.ndarray) -> np.ndarray:
@@ -172,9 +174,9 @@ def detail_correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> 
 
 # --- before ------------------------------------------------------------------------------------------------------
 
-USUAL = (16.0, 110.0)  # true counts per mm^3 of a standard dose
-LEARNT = (0.06, 30.0)  # true counts per mm^3 of the low-dose images in training
-GRAIN = 0.9  # correlation of neighbouring slices' noise, the highest in training
+USUAL = (20.0, 130.0)  # true counts per mm^3 of a standard dose
+LEARNT = (0.06, 60.0)  # true counts per mm^3 of the low-dose images in training
+CLEANER = 3.0  # counts of the LPET over those of the MR, as if that were a PET
 SIDES = 0.045  # R^2 that a head's MR explains more of the PET than its mirror image does
 MOVED = 6.0  # mm
 COPIED = 0.6  # correlation of finest detail; that of LPET and MR is noise
@@ -192,7 +194,7 @@ def check_scan(scan: Scan) -> list[Finding]:
     check that cannot be made (too few slices, no MR, no halves) gives none."""
     if scan not in _SEEN:
         seen = Seen(scan)
-        found = [_standard_dose(seen), _noise_level(seen), _grain(seen), _exchanged(seen)]
+        found = [_standard_dose(seen), _noise_level(seen), _exchanged(seen)]
         found += [_copied(seen), _mr(seen), _voxels(seen), _contrast(seen), _halves(scan)]
         _SEEN[scan] = [one for one in found if one is not None]
     return _SEEN[scan]
@@ -206,61 +208,42 @@ def _called(seen: Seen, kind: str) -> str:
     return seen.scan.sources.get(kind, kind.upper())
 
 
-def counts(noise: dict[str, float]) -> float:
-    """True counts per mm^3 of an image, from its noise: a regression in logarithms, fitted to training scans."""
-    power = noise["band1"] + noise["band2"] + noise["band3"]
-    along = 1 + 2 * max(noise["axial"], 0.0) + 2 * max(noise["axial2"], 0.0)
-    return 2.5 / max(power / 3 * along, 1e-6)
-
-
 def _standard_dose(seen: Seen) -> Finding | None:
     dose = seen.scan.dose_reduction
-    if seen.noise is None or math.isnan(dose):
+    if seen.counts is None or math.isnan(dose):
         return None
-    found, (low, high) = counts(seen.noise), USUAL
-    standard = found * dose
-    wrong, limit = not low <= standard <= high, low if standard < low else high
-    usual = math.sqrt(low * high)
+    low, high = USUAL
+    standard = seen.counts * dose
     sentence = (
-        f"{_called(seen, 'lpet')}: expected the noise of a dose-reduction factor of {dose:g}, found that of about "
-        f"{max(usual / found, 1):.2g} (from a usual standard dose); check --dose-reduction, and that this is the "
-        "low-dose image, neither a standard-dose one nor smoothed"
+        f"{_called(seen, 'lpet')}: expected the noise of a dose-reduction factor of {dose:g}, found about that of "
+        f"{max(math.sqrt(low * high) / seen.counts, 1):.2g}, if the standard dose is a usual one; check "
+        "--dose-reduction, and that this is the low-dose PET, neither a standard-dose nor a smoothed one"
     )
-    return _finding("dose", wrong, standard, limit, sentence)
+    limit = low if standard < math.sqrt(low * high) else high
+    return _finding("dose", not low <= standard <= high, standard, limit, sentence)
 
 
 def _noise_level(seen: Seen) -> Finding | None:
-    if seen.noise is None:
+    if seen.counts is None:
         return None
-    found, (low, high) = counts(seen.noise), LEARNT
-    limit = low if found < low else high
+    low, high = LEARNT
     sentence = (
-        f"{_called(seen, 'lpet')}: expected {low:g} to {high:g} true counts per mm^3, what the weights learnt on, "
-        f"found the noise of about {found:.2g}; compare with a Gaussian before you trust the result"
+        f"{_called(seen, 'lpet')}: expected noise of {low:g} to {high:g} true counts per mm^3, what the weights learnt "
+        f"on, found that of about {seen.counts:.2g}; compare with a Gaussian before you trust the result"
     )
-    return _finding("noise", not low <= found <= high, found, limit, sentence)
-
-
-def _grain(seen: Seen) -> Finding | None:
-    if seen.noise is None:
-        return None
-    tilt = seen.noise["band1"] / max(seen.noise["band4"], 1e-9)
-    sentence = (
-        f"{_called(seen, 'lpet')}: expected the fine grain of noise that the weights learnt on, found noise as smooth "
-        "as strong filtering leaves it; take the image before that filter, or compare with a Gaussian"
-    )
-    return _finding("grain", tilt > GRAIN, tilt, GRAIN, sentence)
+    limit = low if seen.counts < math.sqrt(low * high) else high
+    return _finding("noise", not low <= seen.counts <= high, seen.counts, limit, sentence)
 
 
 def _exchanged(seen: Seen) -> Finding | None:
-    if seen.noise is None or seen.mr_noise is None:
+    if seen.counts is None or seen.mr_counts is None or seen.same_noise > COPIED:
         return None
-    wrong, value = False, 0.0
     sentence = (
-        f"{_called(seen, 'lpet')}: expected the PET, found an image with less noise than {_called(seen, 'mr')}; "
-        "the two look exchanged: name the PET as LPET and the MR as MR"
+        f"{_called(seen, 'lpet')}: expected the noise of a PET, found less than in {_called(seen, 'mr')}; the two look "
+        "exchanged: give the PET as LPET and the MR as MR"
     )
-    return _finding("exchanged", wrong, value, 1.0, sentence, "refuse")
+    ratio = seen.counts / seen.mr_counts
+    return _finding("exchanged", ratio > CLEANER, ratio, CLEANER, sentence, "refuse")
 
 
 def _copied(seen: Seen) -> Finding | None:

@@ -8,7 +8,6 @@ times in s after `TimeZero`, weight in kg. dcm2niix applies every slice's own re
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import zlib
@@ -131,7 +130,7 @@ def converted(series: Path) -> Iterator[Path]:
 
     Raises ImportError without the extra `dicom`, ValueError when the folder holds no series or more than one."""
     try:
-        dcm2niix = importlib.import_module("dcm2niix")
+        import dcm2niix
     except ImportError:
         raise ImportError(
             f"{series}: expected dcm2niix to read DICOM, found it not installed; run: pip install 'mfdiff_lite[dicom]'"

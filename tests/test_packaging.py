@@ -69,6 +69,7 @@ IMPORT_NAMES = {  # where the import is not the distribution's name with _ for -
     "pytest-xdist": "xdist",
     "pyyaml": "yaml",
     "scikit-image": "skimage",
+    "simpleitk": "SimpleITK",
 }
 
 
@@ -157,7 +158,7 @@ def test_every_requirement_can_be_imported(name):
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("mfdiff_lite", ["train"]),
+        ("mfdiff_lite", ["train", "register", "dicom"]),
         ("notebooks", ["book"]),
         ("data", ["course"]),
         ("benchmarks", ["bench"]),
@@ -181,7 +182,8 @@ def test_a_plain_install_holds_what_the_library_imports():
     used = {name.split(".")[0] for path in sources(LIBRARY) for _, name in imports_of(tree_of(path))}
     unused = {name for name in requirements() if import_name(name) not in used}
     assert not unused, f"belongs into an extra: {unused}"
-    extra = {import_name(name) for name in set(requirements("train")) - set(requirements())}
+    extras = requirements("train", "register", "dicom")
+    extra = {import_name(name) for name in set(extras) - set(requirements())}
     for path in sources(LIBRARY):
         at_import = ast.Module([node for node in tree_of(path).body if not isinstance(node, DEFINED)], [])
         found = {name.split(".")[0] for _, name in imports_of(at_import)} & extra

@@ -10,7 +10,6 @@ The method never imports this module: it makes a scan whose MR lies on the PET's
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def register(scan: Scan, mr: str | Path | nib.Nifti1Image) -> Registered:
 def rigid_motion(scan: Scan, mr: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
     """The motion (4, 4) that brings the MR to the PET, world RAS mm, and the centre of the head in the PET."""
     try:
-        sitk: Any = importlib.import_module("SimpleITK")
+        import SimpleITK as sitk
     except ImportError:
         raise ImportError(
             "register: expected SimpleITK, found it not installed; run: pip install 'mfdiff_lite[register]'"
