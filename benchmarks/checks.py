@@ -23,14 +23,13 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from mfdiff_lite.anatomy import embedded_anatomy
-from mfdiff_lite.checks import Finding, check_result, check_scan
+from mfdiff_lite.checks import Finding, check_scan
 from mfdiff_lite.config import FWHM_TO_SD, TEST_ANATOMIES, TRAIN_ANATOMIES, VALIDATION_ANATOMIES
-from mfdiff_lite.model import load_pretrained
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
 from mfdiff_lite.readers.register import rigid_motion
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
-from results import RESULTS, Targets, write_json
+from results import Targets, write_json
 from second_head import TRACERS
 from second_simulator import second_scan
 
@@ -136,8 +135,8 @@ def measure_checks(tuning: bool, quick: bool) -> dict:
         findings = check_scan(replace(scan, mask=None))
         found[f"good, {group}"].append({"scan": scan.name, "said": said(findings)} | numbers(findings))
         head = heads[number % len(heads)]
-        for kind, wrong in bad(group, replace(scan, mask=None) if scan.mask is None else scan, number, (head.mr, head.affine)):
-            findings = check_scan(wrong)
+        for kind, wrong in bad(group, scan, number, (head.mr, head.affine)):
+            findings = check_scan(replace(wrong, mask=None))
             found[kind].append({"scan": scan.name, "said": said(findings)} | numbers(findings))
     return dict(found)
 
@@ -172,7 +171,7 @@ def rates(found: dict) -> dict[str, float]:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="few scans, nothing written")] = False,
-    tuning: Annotated[bool, typer.Option("--tuning", help="the anatomies that limits are set on; nothing written")] = False,
+    tuning: Annotated[bool, typer.Option("--tuning", help="anatomies that limits are set on; nothing written")] = False,
     out: Annotated[Path | None, typer.Option(help="also write what was found to this file")] = None,
     moves: Annotated[int, typer.Option(help="moves to register")] = 20,
 ) -> None:

@@ -225,7 +225,6 @@ def restore(
     from tqdm import tqdm
 
     from .checks import check_result, check_scan, speak
-    from .files import save_volume
     from .record import record_path
 
     if std is not None and samples < 2:
@@ -251,10 +250,8 @@ def restore(
     seconds = time.monotonic() - began
     findings = check_scan(scan) + check_result(scan, restored)
     speak(findings, force=True)
-    written = [save_volume(out, restored.mean, scan, force, f"mfdiff_lite: mean of {samples} samples")]
-    if std is not None:
-        written.append(save_volume(std, restored.std, scan, force, f"mfdiff_lite: SD of {samples} samples"))
-    written.append(_record(out, {"lpet": lpet, "mr": mr, "weights": weights}, scan, restored, model, findings, force))
+    sources = {"lpet": lpet, "mr": mr, "weights": weights}
+    written = _saved(out, std, sources, scan, restored, model, findings, force)
     if report is not None:
         lines = {"LPET": lpet, "MR": mr or "none", "restored": out, "dose reduction": f"{scan.dose_reduction:g}"}
         lines |= {"weights": _weights_line(model, weights), **restored.settings, "seconds": f"{seconds:.1f}"}
@@ -292,15 +289,18 @@ def _scan(
     return done.scan
 
 
-def _record(
+def _saved(
     out: Path,
+    std: Path | None,
     sources: dict[str, Path | None],
     scan: Scan,
     restored: Restoration,
     model: MFdiff,
     findings: list[Finding],
     force: bool,
-) -> Path:
+) -> list[Path]:
+    """Write the images, and beside the first what it was made from."""
+    from .files import save_volume
     from .record import write_record
 
     details = {
@@ -310,7 +310,11 @@ def _record(
         "Weights": {"fingerprint": model.fingerprint, "card": model.card},
     }
     said = "low-dose PET restored towards the standard dose; for teaching and research, not a medical device"
-    return write_record(out, said, sources, findings, details, __version__, sys.argv[1:], force)
+    count = restored.settings["n_samples"]
+    written = [save_volume(out, restored.mean, scan, force, f"mfdiff_lite: mean of {count} samples")]
+    if std is not None:
+        written.append(save_volume(std, restored.std, scan, force, f"mfdiff_lite: SD of {count} samples"))
+    return [*written, write_record(out, said, sources, findings, details, __version__, sys.argv[1:], force)]
 
 
 def _adapted(model: MFdiff, scan: Scan, device: str) -> MFdiff:

@@ -197,7 +197,7 @@ def test_simulate_is_reproducible_and_shifts(case, tmp_path):
 
 def test_restore_writes_on_the_grid_of_the_lpet(case, restored):
     out, result = restored
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "restored.nii.gz", "std.nii.gz"]
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "restored.json", "restored.nii.gz", "std.nii.gz"]
     lpet = nib.load(case / "lpet.nii.gz")
     for name in ("restored", "std"):
         image = nib.load(out / f"{name}.nii.gz")

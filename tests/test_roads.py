@@ -206,8 +206,13 @@ def two_modalities(turn=0.0, shift=(0.0, 0.0, 0.0)):
     affine = nib.affines.from_matvec(np.diag([4.0] * 3), [-78, -78, -46])
     points = nib.affines.apply_affine(affine, np.moveaxis(np.indices((40, 40, 24)), 0, -1))
     pet, mr = np.zeros(points.shape[:3]), np.zeros(points.shape[:3])
-    for centre, size, a, b in [((0, 0, 0), (60, 70, 44), 10, 100), ((20, 25, 8), (18, 25, 20), 4, 160),
-                               ((-25, -20, -5), (15, 30, 25), 16, 60), ((25, -30, 10), (20, 12, 15), 20, 40)]:  # fmt: skip
+    parts = [
+        ((0, 0, 0), (60, 70, 44), 10, 100),
+        ((20, 25, 8), (18, 25, 20), 4, 160),
+        ((-25, -20, -5), (15, 30, 25), 16, 60),
+        ((25, -30, 10), (20, 12, 15), 20, 40),
+    ]
+    for centre, size, a, b in parts:
         inside = (((points - centre) / size) ** 2).sum(-1) < 1
         pet[inside], mr[inside] = a, b
     motion = nib.affines.from_matvec(nib.eulerangles.euler2mat(z=np.radians(turn)), shift)

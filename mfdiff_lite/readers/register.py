@@ -127,3 +127,27 @@ def _optimised(sitk: Any, fixed: Any, moving: Any, mask: Any, centre: np.ndarray
     method.SetInitialTransform(transform, inPlace=True)
     method.Execute(fixed, moving)
     return method.GetMetricValue(), transform
+
+
+def picture(scan: Scan) -> Any:
+    """A matplotlib Figure of a registered scan: the LPET's outlines on the MR in three planes through the head."""
+    from matplotlib.figure import Figure
+
+    sd = [SMOOTH * FWHM_TO_SD / v if n > 1 else 0 for n, v in zip(scan.lpet.shape, scan.voxel_size, strict=True)]
+    pet, mr = (
+        nib.as_closest_canonical(nib.Nifti1Image(v, scan.affine))
+        for v in (ndimage.gaussian_filter(scan.lpet, sd), scan.mr)
+    )
+    zooms = pet.header.get_zooms()
+    pet, mr = pet.get_fdata(), mr.get_fdata()
+    levels = np.array([0.25, 0.5, 0.75]) * np.percentile(pet, 99.5)
+    middle = np.argwhere(pet > levels[1]).mean(0).round().astype(int)
+    figure = Figure((9, 3.4), facecolor="white", layout="constrained")
+    for axis, name, ax in zip((2, 1, 0), ("axial", "coronal", "sagittal"), figure.subplots(1, 3), strict=True):
+        under, over = (np.take(v, middle[axis], axis).T for v in (mr, pet))
+        side = [z for k, z in enumerate(zooms) if k != axis]
+        ax.imshow(under, "gray", origin="lower", aspect=side[1] / side[0], vmax=np.percentile(mr, 99.5))
+        ax.contour(over, levels, colors=["#56b4e9", "#e69f00", "#d55e00"], linewidths=0.9)
+        ax.set(title=name, xticks=[], yticks=[], xlabel="P      A" if axis == 0 else "L      R")
+    figure.suptitle("MR, and the smoothed LPET at 25, 50 and 75 % of its highest activity")
+    return figure
