@@ -176,7 +176,7 @@ def detail_correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> 
 
 USUAL = (20.0, 130.0)  # true counts per mm^3 of a standard dose
 LEARNT = (0.06, 60.0)  # true counts per mm^3 of the low-dose images in training
-CLEANER = 3.0  # counts of the LPET over those of the MR, as if that were a PET
+CLEANER = 2.0  # counts of the LPET over those of the MR, as if that were a PET
 SIDES = 0.045  # R^2 that a head's MR explains more of the PET than its mirror image does
 MOVED = 6.0  # mm
 COPIED = 0.9  # correlation of finest detail, above which it is one noise and not one anatomy

@@ -1,7 +1,7 @@
 """Rigid registration of an MR to a PET by mutual information (extra `register`, SimpleITK).
 
     T = argmax MI(LPET, MR(T .))        T: rotation about the head's centre and translation, world mm
-                                        Mattes et al., IEEE TMI 2003; three resolutions, from two starts
+                                        Mattes et al., IEEE TMI 2003; three resolutions, from the better of two starts
 
 SimpleITK is a wheel of 50 MB under Apache-2.0 and needs NumPy alone; antspyx (Apache-2.0) brings more than 200 MB with
 its requirements for deformations that are not wanted here, and dipy (BSD) has no MI sampling that a noisy PET needs.
@@ -80,8 +80,9 @@ def rigid_motion(scan: Scan, mr: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarra
     near = ndimage.binary_dilation(head, iterations=int(round(10 / min(scan.voxel_size))))
     mask = _image(sitk, near.astype(np.uint8), scan.affine)
     starts = [np.zeros(3), _centre_of(mr) - centre]
-    found = [_optimised(sitk, fixed, moving, mask, centre, start) for start in starts]
-    _, transform = min(found, key=lambda one: one[0])
+    methods = [_prepared(sitk, mask, centre, start) for start in starts]
+    method, transform = min(methods, key=lambda one: one[0].MetricEvaluate(fixed, moving))
+    method.Execute(fixed, moving)
     to_mr = np.eye(4)
     turn = np.array(transform.GetMatrix()).reshape(3, 3)
     about, shift = (np.array(v) for v in (transform.GetCenter(), transform.GetTranslation()))
@@ -107,8 +108,8 @@ def _image(sitk: Any, data: np.ndarray, affine: np.ndarray) -> Any:
     return image
 
 
-def _optimised(sitk: Any, fixed: Any, moving: Any, mask: Any, centre: np.ndarray, start: np.ndarray) -> Any:
-    """(minus mutual information, transform) from one start [mm, RAS]."""
+def _prepared(sitk: Any, mask: Any, centre: np.ndarray, start: np.ndarray) -> tuple[Any, Any]:
+    """(registration that minimises minus mutual information, its transform) from one start [mm, RAS]."""
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
     method.SetMetricFixedMask(mask)
@@ -125,8 +126,7 @@ def _optimised(sitk: Any, fixed: Any, moving: Any, mask: Any, centre: np.ndarray
     transform.SetCenter((TO_LPS[:3, :3] @ centre).tolist())
     transform.SetTranslation((TO_LPS[:3, :3] @ start).tolist())
     method.SetInitialTransform(transform, inPlace=True)
-    method.Execute(fixed, moving)
-    return method.GetMetricValue(), transform
+    return method, transform
 
 
 def picture(scan: Scan) -> Any:
