@@ -188,7 +188,7 @@ def main(
 ) -> None:
     """Measure hit and false-alarm rates, and the registration's error."""
     targets, stored = Targets("real", GOALS, "make checks"), RESULTS / "checks.json"
-    content = json.loads(stored.read_text()) if stored.exists() else {}
+    content: dict = {}
     if part in ("all", "checks"):
         found = measure_checks(tuning, quick)
         shares = rates(found)
@@ -206,7 +206,8 @@ def main(
     targets.show()
     if not (quick or tuning):
         targets.write()
-        write_json("checks.json", content | {"revision": targets.revision})
+        held = json.loads(stored.read_text()) if stored.exists() else {}  # the other part's
+        write_json("checks.json", held | content | {"revision": targets.revision})
 
 
 if __name__ == "__main__":
