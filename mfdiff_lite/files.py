@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from nibabel.processing import resample_from_to
 from scipy import ndimage
 
 from .config import FWHM_TO_SD
-from .scan import Scan, maps_to_mm
+from .scan import Scan, maps_to_mm, without_nan
 from .sidecar import Frames, chosen_frames, converted, is_dicom, sidecar_of, suv_factor
 
 ASSUMED_DOSE_REDUCTION = 20.0  # of files whose user does not say it
@@ -52,27 +54,27 @@ def load_scan(
     lpet = read_image(lpet_path, frames)
     scale, unit = _unit(lpet.extra["sidecar"], lpet_path, suv)
     sources = {"lpet": lpet_path, "mr": mr_path, "spet": spet_path, "mask": mask_path}
-    named = {key: str(path) for key, path in sources.items() if path is not None}
-    image = np.asarray(lpet.dataobj, np.float32) * scale
-    Scan(image, affine=lpet.affine, sources=named)  # a bad PET is refused before its MR is blamed
-    mr = None if mr_path is None else on_grid_of(lpet, read_image(mr_path), lpet_path, mr_path)
-    spet, a, b = (
-        None if path is None else _if_grid_of(lpet, read_image(path, frames), lpet_path, path) * scale
-        for path in (spet_path, *(half_paths or (None, None)))
-    )
-    mask = None if mask_path is None else _if_grid_of(lpet, read_image(mask_path), lpet_path, mask_path)
-    return Scan(
-        lpet=image,
-        mr=mr,
-        spet=spet,
-        mask=None if mask is None else mask > 0.5,
-        halves=None if a is None or b is None else (a, b),
+    scan = Scan(
+        np.asarray(lpet.dataobj, np.float32) * scale,
         affine=lpet.affine,
         dose_reduction=dose_reduction,
         unit=unit,
         name=Path(lpet_path).name.split(".")[0],
         header=lpet.header,
-        sources=named,
+        sources={key: str(path) for key, path in sources.items() if path is not None},
+    )  # a bad PET is refused before its MR is blamed
+    pet = nib.Nifti1Image(scan.lpet, lpet.affine)
+    spet, a, b = (
+        None if path is None else _if_grid_of(lpet, read_image(path, frames), lpet_path, path) * scale
+        for path in (spet_path, *(half_paths or (None, None)))
+    )
+    mask = None if mask_path is None else _if_grid_of(lpet, read_image(mask_path), lpet_path, mask_path)
+    return replace(
+        scan,
+        mr=None if mr_path is None else on_grid_of(pet, read_image(mr_path), lpet_path, mr_path),
+        spet=spet,
+        mask=None if mask is None else mask > 0.5,
+        halves=None if a is None or b is None else (a, b),
     )
 
 
@@ -102,19 +104,16 @@ def read_image(path: str | Path, frames: Frames = None) -> nib.Nifti1Image:
         with converted(path) as nifti:
             return read_image(nifti, frames)
     if not Path(path).is_file():
-        raise OSError(
-            f"{path}: expected a NIfTI file, found {'a folder' if Path(path).is_dir() else 'nothing'}; check the path"
-        )
+        found, advice = _what_is_there(Path(path))
+        raise OSError(f"{path}: expected a NIfTI file, found {found}; {advice}")
     try:
         with quiet_nibabel():
             image: Any = nib.load(path)
         data = np.asanyarray(image.dataobj) if frames is None else None
     except nib.filebasedimages.ImageFileError:
-        raise OSError(
-            f"{path}: expected a NIfTI file (.nii or .nii.gz), found something else; "
-            "convert it first, e.g. with dcm2niix"
-        ) from None
-    except (OSError, EOFError, zlib.error, ValueError, nib.spatialimages.HeaderDataError) as error:
+        found, advice = _what_it_is(Path(path))
+        raise OSError(f"{path}: expected a NIfTI file (.nii or .nii.gz), found {found}; {advice}") from None
+    except (OSError, EOFError, zlib.error, ValueError, OverflowError, nib.spatialimages.HeaderDataError) as error:
         reason = " ".join(str(error).split())
         raise OSError(
             f"{path}: expected a whole NIfTI file, found a truncated or damaged one ({reason}); copy or export it again"
@@ -136,7 +135,81 @@ def read_image(path: str | Path, frames: Frames = None) -> nib.Nifti1Image:
     if not maps_to_mm(image.affine):
         raise ValueError(f"{path}: expected an affine that maps voxels to mm, found a singular one; repair the header")
     header = image.header if isinstance(image, nib.Nifti1Image) else None
-    return nib.Nifti1Image(data, image.affine, header, extra={"sidecar": sidecar})
+    with quiet_nibabel():
+        read = nib.Nifti1Image(data, image.affine, header, extra={"sidecar": sidecar})
+    _one_orientation(read, path, stated=isinstance(image, (nib.Nifti1Image, nib.MGHImage)))
+    return read
+
+
+def _one_orientation(image: nib.Nifti1Image, path: object, stated: bool) -> None:
+    """Warn of a header without orientation, or with two (sform and qform) of which the sform is taken; what is written
+    from this header carries one."""
+    header, affine = image.header, image.affine
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    if not stated or not (sform or qform):
+        warnings.warn(
+            f"{path}: expected an orientation in the header (sform or qform), found none; left and right may be "
+            "exchanged: check it, or convert the original again",
+            stacklevel=4,
+        )
+        return
+    if not sform:
+        return
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in image.shape))))
+    places = [nib.affines.apply_affine(one, corners) for one in (affine, header.get_qform() if qform else affine)]
+    apart = float(np.linalg.norm(places[0] - places[1], axis=1).max())
+    sizes = nib.affines.voxel_sizes(affine)
+    if not apart <= max(1.0, 0.5 * sizes.min()):
+        warnings.warn(
+            f"{path}: expected one orientation, found an sform (code {sform}) and a qform (code {qform}) that are up "
+            f"to {apart:.0f} mm apart; the sform is taken, also for what is written: check that it is the right one",
+            stacklevel=4,
+        )
+        header.set_qform(affine, qform)
+    elif not np.allclose(header.get_zooms()[:3], sizes, rtol=0.02):
+        warnings.warn(
+            f"{path}: expected one voxel size, found {np.round(sizes, 3).tolist()} mm in the sform and "
+            f"{np.round(header.get_zooms()[:3], 3).tolist()} mm in pixdim; the sform is taken, also for what is "
+            "written",
+            stacklevel=4,
+        )
+        header.set_zooms(sizes)
+
+
+def _what_is_there(path: Path) -> tuple[str, str]:
+    """What stands where a file was expected, and what to do."""
+    if str(path).startswith(("http:/", "https:/", "s3:/", "ftp:/")):
+        return "an address of the network", "download it first and name the file"
+    if path.is_symlink():
+        if "annex" in str(path.readlink()):
+            return "a git-annex link whose content is not here", "fetch it, e.g. with datalad get"
+        return "a link to nothing", "check where it leads"
+    return ("a folder without DICOM" if path.is_dir() else "nothing"), "check the path"
+
+
+SIGNATURES = (  # (offset, bytes, what it is, what to do)
+    (0, b"version https://git-lfs", "a git-lfs pointer", "fetch its content with git lfs pull"),
+    (0, b"/annex/objects", "a git-annex pointer", "fetch its content, e.g. with datalad get"),
+    (0, b"<", "a web page or XML text", "download it again: a login page or proxy may stand in between"),
+    (0, b"\x1f\x8b", "gzip data under another name", "rename it so that it ends in .nii.gz if it is a NIfTI file"),
+    (344, b"n+1\0", "unpacked NIfTI data under another name", "rename it so that it ends in .nii"),
+    (4, b"n+2\0", "unpacked NIfTI data under another name", "rename it so that it ends in .nii"),
+    (0, b"PK\x03\x04", "a ZIP archive", "unpack it first"),
+    (0, b"\x89PNG", "a picture", "give the image that it shows"),
+    (0, b"\xff\xd8\xff", "a picture", "give the image that it shows"),
+)
+
+
+def _what_it_is(path: Path) -> tuple[str, str]:
+    """What a file that is no NIfTI is, by its first bytes, and what to do."""
+    with path.open("rb") as stream:
+        start = stream.read(512)
+    if not start:
+        return "an empty file", "copy or fetch it again"
+    for offset, mark, found, advice in SIGNATURES:
+        if start[offset:].startswith(mark) and not (mark == b"\x1f\x8b" and path.name.endswith(".gz")):
+            return found, advice
+    return "something else", "convert it first, e.g. with dcm2niix"
 
 
 @contextmanager
@@ -175,10 +248,9 @@ def on_grid_of(pet: nib.Nifti1Image, mr: nib.Nifti1Image, pet_path: object, mr_p
     data = np.asarray(mr.dataobj, np.float32)
     if mr.shape == pet.shape and np.allclose(mr.affine, pet.affine, atol=1e-3):
         return data
-    if not np.isfinite(data).all():  # before interpolation spreads them
-        raise ValueError(
-            f"{mr_path}: expected finite values, found NaN or infinite voxels; replace them (background: 0) first"
-        )
+    data = without_nan(data, str(mr_path))  # before interpolation spreads them
+    if not np.isfinite(data).all():
+        raise ValueError(f"{mr_path}: expected finite values, found infinite voxels; replace them first")
     fine, coarse = nib.affines.voxel_sizes(mr.affine), nib.affines.voxel_sizes(pet.affine)
     sigma = np.sqrt(np.maximum(coarse.min() ** 2 - fine**2, 0)) * FWHM_TO_SD / fine
     smooth = ndimage.gaussian_filter(data, sigma, mode="nearest")
@@ -197,7 +269,8 @@ def save_volume(
     image = nib.Nifti1Image(volume[..., None] if volume.ndim == 2 else volume, scan.affine, scan.header)
     image.set_data_dtype(np.float32)
     image.header.set_slope_inter(1, 0)
-    image.header.set_xyzt_units("mm", image.header.get_xyzt_units()[1])
+    if scan.header is None:
+        image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode()[:79]
     with whole_file(path, force) as partial:
         image.to_filename(partial)

@@ -37,6 +37,8 @@ from .scan import Scan
 from .view import FIDELITY_SD, ModelView
 
 STEPS, START = 6, 0.9  # sampler steps and warm start, chosen on validation patients (the start: by their spread)
+MOST_SAMPLES = 1000  # more change the third digit of mean and SD, and nothing else
+MEMORY = 8e9  # bytes that the samples of a scan may take
 FIDELITY = 0.0  # default pull towards the measured LPET (chosen likewise)
 
 
@@ -82,10 +84,7 @@ class MFdiff(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the weights: which weights these are, whatever file they came from."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.state_dict())
 
     # --- learning ------------------------------------------------------------------------------------------------
 
@@ -159,15 +158,21 @@ class MFdiff(nn.Module):
         n_samples: K samples for mean and SD; steps, start, method: see `diffusion.sample`. fidelity in [0, 1]: how much
         of what the measured LPET says beyond noise is put back (0: the model alone; higher: more lesion contrast, more
         noise). seed: fixes the samples, slice by slice, whatever the batch. progress: wraps the iterable of slices,
-        e.g. `tqdm`. Memory does not grow with the slices worked on. Raises ValueError for n_samples < 1, fidelity
-        outside [0, 1], steps that the sampler cannot take, or a scan whose dose reduction is not known.
+        e.g. `tqdm`. Memory does not grow with the slices worked on. Raises ValueError for n_samples that are out
+        of range or do not fit into memory, fidelity outside [0, 1], steps that the sampler cannot take, a scan whose
+        dose reduction is not known, and weights that give no finite result.
         """
-        if n_samples < 1:
-            raise ValueError(f"n_samples: expected at least 1, found {n_samples}")
+        if not 1 <= n_samples <= MOST_SAMPLES:
+            raise ValueError(f"n_samples: expected 1 to {MOST_SAMPLES}, found {n_samples}")
         if not 0 <= fidelity <= 1:
             raise ValueError(f"fidelity: expected 0 to 1, found {fidelity}")
         self.schedule.times(steps, start)  # refuse before any work
         view = ModelView(scan, self.context)
+        if (needed := 2 * n_samples * view.lpet.size) > MEMORY:
+            raise ValueError(
+                f"n_samples: expected samples of at most {MEMORY / 1e9:g} GB together, found {n_samples} of "
+                f"{view.shape} voxels, {needed / 1e9:.0f} GB; take fewer, or crop the scan to the head"
+            )
         self._warn_of_repeated_slices(view)
         sampler = {"steps": steps, "start": start, "method": method}
         coarse, gate = np.empty_like(view.lpet), np.empty_like(view.lpet)
@@ -176,6 +181,11 @@ class MFdiff(nn.Module):
         for z in progress(range(view.shape[2])):
             samples[..., z], coarse[..., z], gate[..., z] = self._restore_slice(view, z, n_samples, seed, sampler)
         mean = samples.mean(0, dtype=np.float32)
+        if not (np.isfinite(mean).all() and np.isfinite(coarse).all()):
+            raise ValueError(
+                f"{scan.name}: expected a finite result, found NaN or infinite voxels; check the weights: these may be "
+                "damaged, or not trained to the end"
+            )
         correction = fidelity * measured_beyond_noise(view.lpet - mean)
         return Restoration(
             mean=view.restored(mean + correction),
@@ -219,6 +229,14 @@ class MFdiff(nn.Module):
                 "dB below the same slice of a volume: give the neighbouring slices too",
                 stacklevel=3,
             )
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values, as float32."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def residual_sd(dose_reduction: Tensor) -> Tensor:
@@ -276,9 +294,9 @@ def save_model(model: MFdiff, path: str | Path, card: dict[str, Any], force: boo
     the shipped ones are. Without `force` neither file is replaced."""
     path = Path(path)
     refuse_to_write(path.with_suffix(".json"), force)
-    card = {**card, "model": model.settings, "parameters": model.n_parameters}
     kind = torch.float16 if half else torch.float32
     tensors = {name: value.detach().cpu().to(kind).contiguous() for name, value in model.state_dict().items()}
+    card = {**card, "model": model.settings, "parameters": model.n_parameters, "weights_sha256": fingerprint(tensors)}
     with whole_file(path, force) as partial:
         save_file(tensors, partial, metadata={"card": json.dumps(card)})
     with whole_file(path.with_suffix(".json"), force) as partial:
@@ -298,8 +316,16 @@ def load_model(path: str | Path, device: str = "auto") -> MFdiff:
         with safe_open(path, "pt") as stored:
             card = json.loads((stored.metadata() or {})["card"])
             tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+        with torch.device("meta"):  # a damaged card must not fill the memory
+            expected = {name: value.shape for name, value in MFdiff(**card["model"]).state_dict().items()}
+        if expected != {name: value.shape for name, value in tensors.items()}:
+            raise ValueError("weights of another shape than its card says")
         model = MFdiff(**card["model"])
         model.load_state_dict(tensors)
+        if not all(bool(value.isfinite().all()) for value in tensors.values()):
+            raise ValueError("weights that are NaN or infinite")
+        if card.get("weights_sha256", model.fingerprint) != model.fingerprint:
+            raise ValueError("other weights than its card says")
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ValueError(

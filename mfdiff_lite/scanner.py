@@ -27,7 +27,7 @@ from scipy import ndimage, sparse
 
 from .config import FWHM_TO_SD, check, within
 from .phantom import VirtualPatient, shift_settings
-from .scan import Scan
+from .scan import Scan, check_dose
 
 Kernel = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
@@ -47,10 +47,7 @@ class Sinogram:
 
     def thin(self, dose_reduction: float, seed: int) -> Sinogram:
         """Keep each count with probability 1 / dose_reduction, as list-mode decimation does: again Poisson."""
-        if not 1 <= dose_reduction < np.inf:
-            raise ValueError(
-                f"dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found {dose_reduction}"
-            )
+        check_dose(dose_reduction)
         rng = np.random.default_rng(seed)
         kept = rng.binomial(self.counts.astype(np.int64), 1 / dose_reduction).astype(np.float32)
         return Sinogram(kept, self.background / dose_reduction, self.sensitivity / dose_reduction)
