@@ -24,7 +24,7 @@ STAMP_BOOK := $(VENV)/.installed-book
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence ablations adaptation course-targets anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence checks ablations adaptation course-targets anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -76,6 +76,9 @@ results-check: $(STAMP_DEV)  ## measure the first patients again and compare wit
 
 evidence: $(STAMP_DEV)  ## measure the shipped weights against filters, wrong MRs and their own uncertainty
 	$(PY) benchmarks/evidence.py $(ARGS)
+
+checks: $(STAMP_DEV)  ## count how often the checks of a scan are right, and measure the registration (half an hour)
+	$(PY) benchmarks/checks.py $(ARGS)
 
 ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at one budget (hours), and compare
 	$(PY) benchmarks/ablations.py $(ARGS)

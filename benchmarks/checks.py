@@ -8,6 +8,7 @@ on the second simulator. Bad ones: each of these with one thing wrong, see `bad`
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from mfdiff_lite.anatomy import embedded_anatomy
-from mfdiff_lite.checks import Finding, check_scan
+from mfdiff_lite.checks import Finding, Seen, findings
 from mfdiff_lite.config import FWHM_TO_SD, TEST_ANATOMIES, TRAIN_ANATOMIES, VALIDATION_ANATOMIES
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
 from mfdiff_lite.readers.register import rigid_motion
@@ -58,14 +59,14 @@ GOALS |= {
 
 
 def good_scans(tuning: bool, quick: bool) -> Iterator[tuple[str, Scan]]:
-    """(group, scan) of every shift and of the second simulator."""
+    """(group, scan) of every shift and of the second simulator, which takes turns with the first."""
     heads = TRAIN_ANATOMIES if tuning else TEST_ANATOMIES
-    for number, shift in enumerate([None, *SHIFTS][: 3 if quick else None]):
-        patient = virtual_patient(embedded_anatomy(heads[number % len(heads)]), 7000 + number, shift, 32)
-        yield "first", Scanner.shifted(shift).scan(patient, DOSE, halves=True)
     head = (VALIDATION_ANATOMIES if tuning else TEST_ANATOMIES)[0]
-    for number in range(3 if quick else 6):
-        yield "second", second_scan(head, 7100 + number, list(TRACERS)[number % 3], DOSE, halves=True)
+    for number, shift in enumerate([None, *SHIFTS][: 3 if quick else None]):
+        patient = virtual_patient(embedded_anatomy(heads[number % len(heads)]), 7000 + number, shift, 24)
+        yield "first", Scanner.shifted(shift).scan(patient, DOSE, halves=True)
+        if number < 6:
+            yield "second", second_scan(head, 7100 + number, list(TRACERS)[number % 3], DOSE, halves=True)
 
 
 def on_grid_of(scan: Scan, mr: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -120,28 +121,46 @@ def few_counts(group: str, number: int) -> Scan:
     return Scanner(trues_per_mm3=1.0).scan(patient, DOSE)
 
 
-def said(findings: list[Finding]) -> list[str]:
+def said(found: list[Finding]) -> list[str]:
     """Names of the findings that are not fine."""
-    return [one.name for one in findings if one.severity != "fine"]
+    return [one.name for one in found if one.severity != "fine"]
 
 
-def measure_checks(tuning: bool, quick: bool) -> dict:
+def measure_checks(tuning: bool, quick: bool, minutes: float) -> dict:
     """Kind -> what was said about each scan; "good" by simulator; and the numbers behind."""
     heads = [virtual_patient(embedded_anatomy(name), 90) for name in TRAIN_ANATOMIES[: 2 if quick else 4]]
     found: dict = defaultdict(list)
+    began = time.monotonic()
     for number, (group, scan) in enumerate(tqdm(good_scans(tuning, quick), desc="scans")):
-        findings = check_scan(replace(scan, mask=None))
-        found[f"good, {group}"].append({"scan": scan.name, "said": said(findings)} | numbers(findings))
+        base = Seen(replace(scan, mask=None))
+        kinds = [(f"good, {group}", base)]
         head = heads[number % len(heads)]
-        for kind, wrong in bad(group, scan, number, (head.mr, head.affine)):
-            findings = check_scan(replace(wrong, mask=None))
-            found[kind].append({"scan": scan.name, "said": said(findings)} | numbers(findings))
+        kinds += (
+            (k, seen_as(base, replace(s, mask=None))) for k, s in bad(group, scan, number, (head.mr, head.affine))
+        )
+        for kind, seen in kinds:
+            one = findings(seen)
+            found[kind].append({"scan": scan.name, "said": said(one)} | numbers(one))
+        if time.monotonic() - began > 60 * minutes:
+            break
     return dict(found)
 
 
-def numbers(findings: list[Finding]) -> dict[str, float]:
+def seen_as(base: Seen, scan: Scan) -> Seen:
+    """`Seen(scan)`, without preparing again what it shares with another scan."""
+    if scan.lpet is not base.scan.lpet:
+        return Seen(scan)
+    seen = Seen.__new__(Seen)
+    same = scan.mr is base.scan.mr
+    kept = ("grid", "lpet", "mask", "unit", "counts", *(("fit", "same_noise", "mr_counts") if same else ()))
+    mr = base.mr if same else base.grid.to(scan.mr)
+    seen.__dict__.update({key: base.__dict__[key] for key in kept if key in base.__dict__}, scan=scan, mr=mr)
+    return seen
+
+
+def numbers(found: list[Finding]) -> dict[str, float]:
     """Name -> value of every finding."""
-    return {one.name: float(f"{one.value:.4g}") for one in findings}
+    return {one.name: float(f"{one.value:.4g}") for one in found}
 
 
 def registration_errors(moves: int, distance: float, degrees: float, tuning: bool = False) -> list[float]:
@@ -184,13 +203,14 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="few scans, nothing written")] = False,
     tuning: Annotated[bool, typer.Option("--tuning", help="anatomies that limits are set on; nothing written")] = False,
     part: Annotated[str, typer.Option(help="all, checks or registration")] = "all",
+    minutes: Annotated[float, typer.Option(help="begin no further scan after so many minutes")] = float("inf"),
     moves: Annotated[int, typer.Option(help="moves of 20 mm and 15 degrees to register")] = 20,
 ) -> None:
     """Measure hit and false-alarm rates, and the registration's error."""
     targets, stored = Targets("real", GOALS, "make checks"), RESULTS / "checks.json"
     content: dict = {}
     if part in ("all", "checks"):
-        found = measure_checks(tuning, quick)
+        found = measure_checks(tuning, quick, minutes)
         shares = rates(found)
         for kind, share in shares.items():
             print(f"{kind:>16}  {share:5.1f} % of {len(found[kind])}")

@@ -200,7 +200,7 @@ def _followed(
 
 @_command
 def restore(
-    lpet: Annotated[Path, typer.Option(help="low-dose PET: NIfTI, any orientation and voxel size, or a DICOM folder")],
+    lpet: Annotated[Path, typer.Option(help="low-dose PET: 3-D NIfTI, any orientation, any voxel size, or DICOM")],
     out: Annotated[Path, typer.Option(help="the restored PET, on the grid and in the unit of the LPET")],
     mr: Mr = None,
     std: Annotated[Path | None, typer.Option(help="also write the voxel-wise SD of the samples")] = None,
@@ -557,8 +557,15 @@ def _gain(state: TrainingState) -> str:
 
 
 @_command
-def info() -> None:
-    """Check the environment; versions, device, anatomies, shifts, the shipped weights' card, the data found."""
+def info(
+    lpet: Annotated[Path | None, typer.Option(help="say instead what the checks find about this low-dose PET")] = None,
+    mr: Mr = None,
+    dose_reduction: DoseReduction = None,
+) -> None:
+    """Check the environment; versions, device, anatomies, shifts, the shipped weights' card, the data found. Or, with
+    --lpet, check a scan."""
+    if lpet is not None:
+        return _print_findings(_scan(lpet, mr, dose_reduction, None, None, False, False))
     problems = _missing_packages()
     if problems:  # before anything is imported that needs them
         _stop(f"environment: {'; '.join(problems)}", 2)
@@ -584,6 +591,13 @@ def info() -> None:
     print(f"shipped weights: {json.dumps(card, indent=1)}")
     print(f"validation at the last step: {model.card['validation_psnr_db'][-1]}")
     print("environment: complete, every package in the range of versions that is asked for")
+
+
+def _print_findings(scan: Scan) -> None:
+    from .checks import check_scan
+
+    for one in check_scan(scan):
+        print(f"{one.severity:>6}  {one.name}: {one.value:.3g} (limit {one.threshold:.3g}) {one.sentence}".rstrip())
 
 
 def _cache_line() -> str:

@@ -193,11 +193,15 @@ def check_scan(scan: Scan) -> list[Finding]:
     """All findings about a scan before it is restored, in at most two seconds for 64 slices; made once for each scan. A
     check that cannot be made (too few slices, no MR, no halves) gives none."""
     if scan not in _SEEN:
-        seen = Seen(scan)
-        found = [_standard_dose(seen), _noise_level(seen), _exchanged(seen)]
-        found += [_copied(seen), _mr(seen), _voxels(seen), _contrast(seen), _halves(scan)]
-        _SEEN[scan] = [one for one in found if one is not None]
+        _SEEN[scan] = findings(Seen(scan))
     return _SEEN[scan]
+
+
+def findings(seen: Seen) -> list[Finding]:
+    """What `check_scan` finds, of a scan that is prepared already."""
+    found = [_standard_dose(seen), _noise_level(seen), _exchanged(seen)]
+    found += [_copied(seen), _mr(seen), _voxels(seen), _contrast(seen), _halves(seen.scan)]
+    return [one for one in found if one is not None]
 
 
 def _finding(name: str, wrong: bool, value: float, threshold: float, sentence: str, severity: str = "warn") -> Finding:
@@ -354,4 +358,4 @@ def speak(findings: list[Finding], force: bool = False) -> None:
         if one.severity == "refuse" and not force:
             raise ValueError(f"{one.sentence}; --force goes on all the same")
         if one.severity != "fine":
-            warnings.warn(one.sentence, stacklevel=2)
+            warnings.warn(one.sentence, stacklevel=3)

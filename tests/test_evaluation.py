@@ -143,7 +143,7 @@ def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
         patch.setitem(sys.modules, "results", script("results"))
-        names = ("evidence", "ablations", "adaptation", "course")
+        names = ("evidence", "ablations", "adaptation", "course", "second_head", "second_simulator", "checks")
         yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
