@@ -148,10 +148,10 @@ def measure_checks(tuning: bool, quick: bool, minutes: float) -> dict:
 
 def seen_as(base: Seen, scan: Scan) -> Seen:
     """`Seen(scan)`, without preparing again what it shares with another scan."""
-    if scan.lpet is not base.scan.lpet:
+    if not np.array_equal(scan.lpet, base.scan.lpet):
         return Seen(scan)
     seen = Seen.__new__(Seen)
-    same = scan.mr is base.scan.mr
+    same = np.array_equal(scan.mr, base.scan.mr)
     kept = ("grid", "lpet", "mask", "unit", "counts", *(("fit", "same_noise", "mr_counts") if same else ()))
     mr = base.mr if same else base.grid.to(scan.mr)
     seen.__dict__.update({key: base.__dict__[key] for key in kept if key in base.__dict__}, scan=scan, mr=mr)
