@@ -321,7 +321,7 @@ def _halves(scan: Scan) -> Finding | None:
         return None
     mask = brain_mask(scan)
     (a, b), called = scan.halves, scan.sources.get("halves", "halves")
-    alike = max(detail_correlation(*pair, mask) for pair in ((a, b), (a, 2 * scan.lpet - a)))
+    alike = max(detail_correlation(a, other, mask) for other in (b, 2 * scan.lpet - a))
     if alike > COPIED:
         sentence = (
             f"{called}: expected two images with noise of their own, found the same noise in both; give the images of "
