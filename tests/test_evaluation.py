@@ -176,6 +176,7 @@ def test_every_goal_has_its_row(benchmarks):
     part = benchmarks["ablations"]
     groups = {"restore": benchmarks["results"].GOALS, "adapt": benchmarks["adaptation"].GOALS}
     groups |= {"evidence": benchmarks["evidence"].GOALS | part.GOALS | part.CONTINUED_GOALS}
+    groups |= {"real": benchmarks["checks"].GOALS}
     goals = {
         f"{group}.{name}": goal
         for group, named in (groups | {"course": benchmarks["course"].GOALS}).items()
