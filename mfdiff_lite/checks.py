@@ -306,7 +306,7 @@ def _contrast(seen: Seen) -> Finding | None:
     )
     depth = depth[..., 1:-1]
     rim, deep = seen.lpet[(depth > 3) & (depth < 10)], seen.lpet[depth > 16]
-    if min(rim.size, deep.size) < 1000:
+    if seen.lpet.shape[2] < SLICES or min(rim.size, deep.size) < 1000:
         return None
     ratio = float(rim.mean() / deep.mean())
     sentence = (

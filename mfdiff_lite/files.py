@@ -269,8 +269,9 @@ def save_volume(
     image = nib.Nifti1Image(volume[..., None] if volume.ndim == 2 else volume, scan.affine, scan.header)
     image.set_data_dtype(np.float32)
     image.header.set_slope_inter(1, 0)
-    if scan.header is None:
-        image.header.set_xyzt_units("mm")
+    space, time = image.header.get_xyzt_units()
+    if space == "unknown":
+        image.header.set_xyzt_units("mm", time)
     image.header["descrip"] = description.encode()[:79]
     with whole_file(path, force) as partial:
         image.to_filename(partial)
