@@ -27,7 +27,7 @@ STAMP_BENCH := $(VENV)/.installed-bench
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation real fuzz course-targets viewer-targets pages bench gpu anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence checks detection ablations adaptation real fuzz course-targets viewer-targets pages bench gpu anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -92,6 +92,9 @@ evidence: $(STAMP_DEV)  ## measure the shipped weights against filters, wrong MR
 detection: $(STAMP_DEV)  ## ask observers whether known lesions at threshold survive restoring (half an hour)
 	$(PY) benchmarks/detection.py $(ARGS)
 	$(PY) benchmarks/pages.py
+
+checks: $(STAMP_DEV)  ## count how often the checks of a scan are right, and measure the registration (half an hour)
+	$(PY) benchmarks/checks.py $(ARGS)
 
 ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at one budget (hours), and compare
 	$(PY) benchmarks/ablations.py $(ARGS)

@@ -28,6 +28,7 @@ from . import __version__
 from .config import LARGEST_SEED
 
 if TYPE_CHECKING:
+    from .checks import Finding
     from .loop import TrainingState
     from .model import MFdiff, Restoration
     from .scan import Scan
@@ -48,7 +49,7 @@ DoseReduction = Annotated[
         "it 20 is assumed"
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
+Force = Annotated[bool, typer.Option("--force", help="replace output files that exist; go on where a check refuses")]
 Quality = Annotated[
     str,
     typer.Option(
@@ -59,6 +60,10 @@ Mr = Annotated[
     Path | None,
     typer.Option(help="MR of the same head, registered to the PET; any grid; without it the PET alone is used"),
 ]
+Register = Annotated[bool, typer.Option("--register", help="move the MR rigidly to the PET first (extra `register`)")]
+Frame = Annotated[int | None, typer.Option(help="one frame, from 0, of a dynamic PET")]
+Frames = Annotated[str | None, typer.Option(help="'mean': of all frames of a dynamic PET, by their durations")]
+Suv = Annotated[bool, typer.Option("--suv", help="activities as SUV; weight, dose and times are the sidecar's")]
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -69,7 +74,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                function(*args, **kwargs)
+                function(*args, **{k: v.expanduser() if isinstance(v, Path) else v for k, v in kwargs.items()})
             for message in dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning):
                 _say(f"warning: {message}")
         except typer.Exit:
@@ -203,7 +208,7 @@ def _followed(
 
 @_command
 def restore(
-    lpet: Annotated[Path, typer.Option(help="low-dose PET, 3-D NIfTI, any orientation and voxel size")],
+    lpet: Annotated[Path, typer.Option(help="low-dose PET: 3-D NIfTI, any orientation, any voxel size, or DICOM")],
     out: Annotated[Path, typer.Option(help="the restored PET, on the grid and in the unit of the LPET")],
     mr: Mr = None,
     std: Annotated[Path | None, typer.Option(help="also write the voxel-wise SD of the samples")] = None,
@@ -222,27 +227,25 @@ def restore(
     report: Annotated[Path | None, typer.Option(help="also write an HTML page to look at and to send")] = None,
     spet: Annotated[Path | None, typer.Option(help="standard-dose PET, only shown and compared in the report")] = None,
     adapt_first: Annotated[bool, typer.Option("--adapt", help="stage 2 first: adapt to this scan, minutes")] = False,
+    register: Register = False,
+    frame: Frame = None,
+    frames: Frames = None,
+    suv: Suv = False,
     force: Force = False,
 ) -> None:
     """Restore a low-dose PET, with the help of an MR of the same head if there is one."""
     from tqdm import tqdm
 
-    from .files import load_scan, save_volume
+    from .checks import check_result, check_scan, speak
+    from .record import record_path
 
     chosen = _chosen(quality, samples)
-    if std is not None and chosen["n_samples"] < 2:
-        raise ValueError(
-            f"--std: expected --samples of at least 2, found {chosen['n_samples']}; raise --samples or leave out --std"
-        )
-    if spet is not None and report is None:
-        raise ValueError("--spet: expected --report with it, found none; the standard-dose PET is for the report alone")
+    _fitting(out, std, spet, report, chosen["n_samples"])
     _between(0, LARGEST_SEED, seed=seed)
-    for path in (out, std):
-        if path is not None and not path.name.endswith((".nii", ".nii.gz")):
-            raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
-    _ready([out, std, report], [lpet, mr, spet, weights], force)
+    _ready([out, record_path(out), std, report], [lpet, mr, spet, weights], force)
     with _kept_warnings() as hints:
-        scan = load_scan(lpet, mr, spet, dose_reduction=_known_dose(dose_reduction))
+        scan = _scan(lpet, mr, spet, dose_reduction, frame, frames, suv, register)
+        speak(found := check_scan(scan), force)
     model = _model(weights, device)
     if adapt_first:
         model = _adapted(model, scan, device)
@@ -251,17 +254,31 @@ def restore(
     began = time.monotonic()
     restored = model.restore(scan, seed=seed, progress=progress, **chosen)
     seconds = time.monotonic() - began
-    written = [save_volume(out, restored.mean, scan, force)]
-    if std is not None:
-        written.append(save_volume(std, restored.std, scan, force))
+    with _kept_warnings() as more:
+        speak(after := check_result(scan, restored), force=True)
+    sources = {"lpet": lpet, "mr": mr, "weights": weights}
+    written = _saved(out, std, sources, scan, restored, model, found + after, force)
     if report is not None:
         lines = _files_lines({"LPET": lpet, "MR": mr, "SPET": spet, "restored": out, "SD": std})
         lines |= {"unit": scan.unit, "dose reduction": f"{scan.dose_reduction:g}", **restored.settings}
         lines |= {"weights": _weights_line(model, weights), "seconds": f"{seconds:.1f}"}
-        written.append(_report(report, scan, restored, lines, hints, force))
+        written.append(_report(report, scan, restored, lines, hints + more, force))
     print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
     for path in written:
         print(f"wrote {path}")
+
+
+def _fitting(out: Path, std: Path | None, spet: Path | None, report: Path | None, samples: int) -> None:
+    """Refuse outputs that nothing could be written to, or that ask for what is not there."""
+    if std is not None and samples < 2:
+        raise ValueError(
+            f"--std: expected --samples of at least 2, found {samples}; raise --samples or leave out --std"
+        )
+    if spet is not None and report is None:
+        raise ValueError("--spet: expected --report with it, found none; the standard-dose PET is for the report alone")
+    for path in (out, std):
+        if path is not None and not path.name.endswith((".nii", ".nii.gz")):
+            raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
 
 
 def _chosen(quality: str, samples: int | None) -> dict[str, Any]:
@@ -271,6 +288,63 @@ def _chosen(quality: str, samples: int | None) -> dict[str, Any]:
     if quality not in QUALITIES:
         raise ValueError(f"--quality: expected one of {', '.join(QUALITIES)}, found {quality!r}")
     return QUALITIES[quality] | ({} if samples is None else {"n_samples": samples})
+
+
+def _scan(
+    lpet: Path,
+    mr: Path | None,
+    spet: Path | None,
+    dose_reduction: float | None,
+    frame: int | None,
+    frames: str | None,
+    suv: bool,
+    register: bool,
+) -> Scan:
+    """The scan of the options that name files."""
+    from .files import load_scan
+
+    if frames not in (None, "mean") or None not in (frame, frames):
+        raise ValueError("--frames: expected 'mean', or --frame and a number, found neither or both; give one of them")
+    if register and mr is None:
+        raise ValueError("--register: expected an MR to move, found none; name it with --mr, or leave out --register")
+    at_once = None if register else mr
+    chosen = frames if frame is None else frame
+    scan = load_scan(lpet, at_once, spet, dose_reduction=_known_dose(dose_reduction), frames=chosen, suv=suv)
+    if not register:
+        return scan
+    from .readers.register import register as moved
+
+    done = moved(scan, mr)  # type: ignore[arg-type]  # there is one
+    print(f"registered {mr}: moved by {done.distance:.1f} mm and {done.angle:.1f} degrees")
+    return done.scan
+
+
+def _saved(
+    out: Path,
+    std: Path | None,
+    sources: dict[str, Path | None],
+    scan: Scan,
+    restored: Restoration,
+    model: MFdiff,
+    findings: list[Finding],
+    force: bool,
+) -> list[Path]:
+    """Write the images, and beside the first what it was made from."""
+    from .files import save_volume
+    from .record import write_record
+
+    details = {
+        "Units": scan.unit,
+        "DoseReduction": scan.dose_reduction,
+        "Settings": restored.settings,
+        "Weights": {"fingerprint": model.fingerprint, "card": model.card},
+    }
+    said = "low-dose PET restored towards the standard dose; for teaching and research, not a medical device"
+    count = restored.settings["n_samples"]
+    written = [save_volume(out, restored.mean, scan, force, f"mfdiff_lite: mean of {count} samples")]
+    if std is not None:
+        written.append(save_volume(std, restored.std, scan, force, f"mfdiff_lite: SD of {count} samples"))
+    return [*written, write_record(out, said, sources, findings, details, __version__, sys.argv[1:], force)]
 
 
 def _adapted(model: MFdiff, scan: Scan, device: str) -> MFdiff:
@@ -566,6 +640,7 @@ def adapt(
     force: Force = False,
 ) -> None:
     """Stage 2: adapt the weights to one scan of a scanner never seen (minutes), without a standard-dose image."""
+    from .checks import check_scan, speak
     from .config import load_adaptation
     from .files import load_scan
     from .model import save_model
@@ -580,6 +655,7 @@ def adapt(
         raise ValueError(f"objective: expected one, found --objective {objective} and objective={chosen.objective}")
     _ready([out, out.with_suffix(".json")], [lpet, mr, half_a, half_b, spet, weights], force)
     scan = load_scan(lpet, mr, spet, _known_dose(dose_reduction), half_paths=(half_a, half_b))
+    speak(check_scan(scan), force)
     parent, run = _model(weights, device), out.with_suffix(".run")
     states = train_stage2(parent, scan, settings=chosen, out=run, resume=resume, device=device)
     for state in _followed(states, "stage 2", _gain, f"the same command and --resume ({run} holds it)"):
@@ -613,8 +689,15 @@ def _gain(state: TrainingState) -> str:
 
 
 @_command
-def info() -> None:
-    """Check the environment; versions, device, anatomies, shifts, the shipped weights' card, the data found."""
+def info(
+    lpet: Annotated[Path | None, typer.Option(help="say instead what the checks find about this low-dose PET")] = None,
+    mr: Mr = None,
+    dose_reduction: DoseReduction = None,
+) -> None:
+    """Check the environment; versions, device, anatomies, shifts, the shipped weights' card, the data found. Or, with
+    --lpet, check a scan."""
+    if lpet is not None:
+        return _print_findings(_scan(lpet, mr, None, dose_reduction, None, None, False, False))
     problems = _missing_packages()
     if problems:  # before anything is imported that needs them
         _stop(f"environment: {'; '.join(problems)}", 2)
@@ -640,6 +723,13 @@ def info() -> None:
     print(f"shipped weights: {json.dumps(card, indent=1)}")
     print(f"validation at the last step: {model.card['validation_psnr_db'][-1]}")
     print("environment: complete, every package in the range of versions that is asked for")
+
+
+def _print_findings(scan: Scan) -> None:
+    from .checks import check_scan
+
+    for one in check_scan(scan):
+        print(f"{one.severity:>6}  {one.name}: {one.value:.3g} (limit {one.threshold:.3g}) {one.sentence}".rstrip())
 
 
 def _cache_line() -> str:

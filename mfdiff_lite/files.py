@@ -22,6 +22,7 @@ from scipy import ndimage
 from .config import FWHM_TO_SD
 from .phantom import Lesion
 from .scan import Scan, maps_to_mm, without_nan
+from .sidecar import Frames, chosen_frames, converted, is_dicom, sidecar_of, suv_factor
 
 ASSUMED_DOSE_REDUCTION = 20.0  # of files whose user does not say it
 
@@ -33,12 +34,16 @@ def load_scan(
     dose_reduction: float | None = None,
     mask_path: str | Path | None = None,
     half_paths: tuple[str | Path | None, str | Path | None] | None = None,
+    frames: Frames = None,
+    suv: bool = False,
 ) -> Scan:
-    """Read a case from NIfTI files. The MR may lie on any grid: it is resampled to the PET by the affines; all else
-    must lie on the PET's.
+    """Read a case from NIfTI files (or .mgz, or folders that hold one DICOM series each). The MR may lie on any grid:
+    it is resampled to the PET by the affines; all else must lie on the PET's.
 
     dose_reduction: standard-dose counts / counts of the LPET. No file says it: without it 20 is assumed, with a
-    warning; NaN leaves it unknown, for a scan that is only looked at or compared. Raises OSError when a file cannot be
+    warning; NaN leaves it unknown, for a scan that is only looked at or compared. frames: of dynamic PET images, one
+    frame from 0, or "mean", weighted by the sidecar's durations. suv: activities as SUV, from weight, dose and times of
+    the sidecar; otherwise the unit is the sidecar's. Raises OSError when a file cannot be
     read, ValueError when its content will not do; each in one sentence that says what to do.
     """
     if dose_reduction is None:
@@ -48,22 +53,24 @@ def load_scan(
             "pass dose_reduction (--dose-reduction), standard-dose counts / counts of the LPET",
             stacklevel=2,
         )
-    lpet = read_image(lpet_path)
+    lpet = read_image(lpet_path, frames)
+    scale, unit = _unit(lpet.extra["sidecar"], lpet_path, suv)
     sources = {"lpet": lpet_path, "mr": mr_path, "spet": spet_path, "mask": mask_path}
     scan = Scan(
-        np.asarray(lpet.dataobj, np.float32),
+        np.asarray(lpet.dataobj, np.float32) * scale,
         affine=lpet.affine,
         dose_reduction=dose_reduction,
-        unit="input unit",
+        unit=unit,
         name=Path(lpet_path).name.split(".")[0],
         header=lpet.header,
         sources={key: str(path) for key, path in sources.items() if path is not None},
     )  # a bad PET is refused before its MR is blamed
     pet = nib.Nifti1Image(scan.lpet, lpet.affine)
-    spet, mask, a, b = (
-        None if path is None else _if_grid_of(lpet, read_image(path), lpet_path, path)
-        for path in (spet_path, mask_path, *(half_paths or (None, None)))
+    spet, a, b = (
+        None if path is None else _if_grid_of(lpet, read_image(path, frames), lpet_path, path) * scale
+        for path in (spet_path, *(half_paths or (None, None)))
     )
+    mask = None if mask_path is None else _if_grid_of(lpet, read_image(mask_path), lpet_path, mask_path)
     return replace(
         scan,
         mr=None if mr_path is None else on_grid_of(pet, read_image(mr_path), lpet_path, mr_path),
@@ -99,21 +106,38 @@ def load_example() -> tuple[Scan, dict[str, np.ndarray]]:
     return scan, restored
 
 
+def _unit(sidecar: dict[str, Any], path: object, suv: bool) -> tuple[np.float32, str]:
+    """What an image is multiplied by, and the unit that it then has."""
+    if not suv:
+        return np.float32(1), str(sidecar.get("Units", "input unit"))
+    factor, missing = suv_factor(sidecar)
+    if missing:
+        raise ValueError(
+            f"{path}: expected what SUV needs in the sidecar, found no {', '.join(missing)}; add it, or leave out --suv"
+        )
+    return np.float32(factor), "SUV"
+
+
 def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """One 3-D NIfTI volume and its affine, with the same checks and sentences as `load_scan`."""
     image = read_image(path)
     return np.asarray(image.dataobj, np.float32), image.affine
 
 
-def read_image(path: str | Path) -> nib.Nifti1Image:
-    """A 3-D image, its data read whole so that a truncated file is found here."""
+def read_image(path: str | Path, frames: Frames = None) -> nib.Nifti1Image:
+    """A 3-D image, its data read whole so that a truncated file is found here; `extra["sidecar"]` is the JSON beside
+    it. frames: as in `load_scan`; a DICOM series is converted first, and a 2-D image becomes one slice."""
+    path = Path(path).expanduser()
+    if path.exists() and is_dicom(path):
+        with converted(path) as nifti:
+            return read_image(nifti, frames)
     if not Path(path).is_file():
         found, advice = _what_is_there(Path(path))
         raise OSError(f"{path}: expected a NIfTI file, found {found}; {advice}")
     try:
         with quiet_nibabel():
             image: Any = nib.load(path)
-        data = np.asanyarray(image.dataobj)
+        data = np.asanyarray(image.dataobj) if frames is None else None
     except nib.filebasedimages.ImageFileError:
         found, advice = _what_it_is(Path(path))
         raise OSError(f"{path}: expected a NIfTI file (.nii or .nii.gz), found {found}; {advice}") from None
@@ -122,19 +146,26 @@ def read_image(path: str | Path) -> nib.Nifti1Image:
         raise OSError(
             f"{path}: expected a whole NIfTI file, found a truncated or damaged one ({reason}); copy or export it again"
         ) from None
+    sidecar = sidecar_of(path)
+    if data is None:
+        image = chosen_frames(image, path, frames, sidecar)
+        data = np.asanyarray(image.dataobj)
     if data.dtype.kind not in "biuf":
         raise ValueError(f"{path}: expected real numbers, found {data.dtype}; save one real-valued channel")
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
+    data = data[..., None] if data.ndim == 2 else data
     if data.ndim != 3:
         raise ValueError(
-            f"{path}: expected one 3-D volume, found shape {data.shape}; extract one time frame or channel first"
+            f"{path}: expected one 3-D volume, found shape {data.shape}; extract one time frame or channel first, or "
+            "choose (--frame)"
         )
     if not maps_to_mm(image.affine):
         raise ValueError(f"{path}: expected an affine that maps voxels to mm, found a singular one; repair the header")
+    header = image.header if isinstance(image, nib.Nifti1Image) else None
     with quiet_nibabel():
-        read = nib.Nifti1Image(data, image.affine, image.header if isinstance(image, nib.Nifti1Image) else None)
-    _one_orientation(read, path, stated=isinstance(image, nib.Nifti1Image))
+        read = nib.Nifti1Image(data, image.affine, header, extra={"sidecar": sidecar})
+    _one_orientation(read, path, stated=isinstance(image, (nib.Nifti1Image, nib.MGHImage)))
     return read
 
 
@@ -181,19 +212,13 @@ def _what_is_there(path: Path) -> tuple[str, str]:
         if "annex" in str(path.readlink()):
             return "a git-annex link whose content is not here", "fetch it, e.g. with datalad get"
         return "a link to nothing", "check where it leads"
-    if not path.is_dir():
-        return "nothing", "check the path"
-    if any(_what_it_is(one)[0] == DICOM for one in itertools.islice(path.iterdir(), 20) if one.is_file()):
-        return "a folder of DICOM files", "convert it first, e.g. with dcm2niix"
-    return "a folder", "check the path"
+    return ("a folder without DICOM" if path.is_dir() else "nothing"), "check the path"
 
 
-DICOM = "a DICOM file"
 SIGNATURES = (  # (offset, bytes, what it is, what to do)
     (0, b"version https://git-lfs", "a git-lfs pointer", "fetch its content with git lfs pull"),
     (0, b"/annex/objects", "a git-annex pointer", "fetch its content, e.g. with datalad get"),
     (0, b"<", "a web page or XML text", "download it again: a login page or proxy may stand in between"),
-    (128, b"DICM", DICOM, "convert its series first, e.g. with dcm2niix"),
     (0, b"\x1f\x8b", "gzip data under another name", "rename it so that it ends in .nii.gz if it is a NIfTI file"),
     (344, b"n+1\0", "unpacked NIfTI data under another name", "rename it so that it ends in .nii"),
     (4, b"n+2\0", "unpacked NIfTI data under another name", "rename it so that it ends in .nii"),
@@ -260,18 +285,22 @@ def on_grid_of(pet: nib.Nifti1Image, mr: nib.Nifti1Image, pet_path: object, mr_p
     return np.asarray(resample_from_to(nib.Nifti1Image(smooth, mr.affine), pet, order=1, cval=0).dataobj, np.float32)
 
 
-def save_volume(path: str | Path, volume: np.ndarray, scan: Scan, force: bool = False) -> Path:
+def save_volume(
+    path: str | Path, volume: np.ndarray, scan: Scan, force: bool = False, description: str = "mfdiff_lite"
+) -> Path:
     """Write a volume on the scan's grid as float32 NIfTI: whole or not at all, and never over an existing file unless
-    `force`."""
-    path = Path(path)
+    `force`. The header is the scan's, with its sform and qform; description: what was done, at most 79 bytes."""
+    path = Path(path).expanduser()
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
     volume = np.asarray(volume, np.float32)
     image = nib.Nifti1Image(volume[..., None] if volume.ndim == 2 else volume, scan.affine, scan.header)
     image.set_data_dtype(np.float32)
     image.header.set_slope_inter(1, 0)
-    if scan.header is None:
-        image.header.set_xyzt_units("mm")
+    space, time = image.header.get_xyzt_units()
+    if space == "unknown":
+        image.header.set_xyzt_units("mm", time)
+    image.header["descrip"] = description.encode()[:79]
     with whole_file(path, force) as partial:
         image.to_filename(partial)
     return path

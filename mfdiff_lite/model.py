@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from torch import Tensor, nn
 
+from .checks import check_scan, speak
 from .config import Profile
 from .denoiser import ConditionalUNet
 from .diffusion import NoiseSchedule, diffuse, sample, velocity
@@ -190,6 +191,8 @@ class MFdiff(nn.Module):
                 f"{view.shape} voxels, {needed / 1e9:.0f} GB; take fewer, or crop the scan to the head"
             )
         self._warn_of_repeated_slices(view)
+        if scan.sources:  # a simulated scan is what it says it is
+            speak(check_scan(scan), force=True)
         sampler = {"steps": steps, "start": start, "method": method}
         coarse, gate = np.empty_like(view.lpet), np.empty_like(view.lpet)
         samples = np.empty((n_samples, *view.shape), np.float16)

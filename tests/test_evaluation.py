@@ -143,7 +143,8 @@ def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
         patch.setitem(sys.modules, "results", script("results"))
-        names = ("evidence", "ablations", "adaptation", "course", "viewer", "real")
+        names = ("evidence", "ablations", "adaptation", "course", "viewer", "real", "second_head", "second_simulator")
+        names = (*names, "checks")
         yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
@@ -158,7 +159,7 @@ def test_every_goal_has_its_row(benchmarks):
             groups
             | {
                 "viewer": benchmarks["viewer"].GOALS,
-                "real": benchmarks["real"].GOALS,
+                "real": benchmarks["real"].GOALS | benchmarks["checks"].GOALS,
                 "course": {
                     **benchmarks["course"].GOALS,
                     **benchmarks["course"].CHECKS,

@@ -33,9 +33,12 @@ ORDER = [
     "anatomy",
     "phantom",
     "scan",
+    "sidecar",
     "files",
     "view",
     "noise",
+    "checks",
+    "record",
     "scanner",
     "cohort",
     "layers",
@@ -53,6 +56,7 @@ ORDER = [
     "readers.brainweb",
     "readers.cases",
     "readers.frames",
+    "readers.register",
     "look.panes",
     "look.page",
     "look.viewer",
@@ -69,6 +73,7 @@ IMPORT_NAMES = {  # where the import is not the distribution's name with _ for -
     "pytest-xdist": "xdist",
     "pyyaml": "yaml",
     "scikit-image": "skimage",
+    "simpleitk": "SimpleITK",
 }
 
 
@@ -157,7 +162,7 @@ def test_every_requirement_can_be_imported(name):
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("mfdiff_lite", ["train"]),
+        ("mfdiff_lite", ["train", "register", "dicom"]),
         ("notebooks", ["book"]),
         ("data", ["course"]),
         ("benchmarks", ["bench"]),
@@ -181,7 +186,8 @@ def test_a_plain_install_holds_what_the_library_imports():
     used = {name.split(".")[0] for path in sources(LIBRARY) for _, name in imports_of(tree_of(path))}
     unused = {name for name in requirements() if import_name(name) not in used}
     assert not unused, f"belongs into an extra: {unused}"
-    extra = {import_name(name) for name in set(requirements("train")) - set(requirements())}
+    extras = requirements("train", "register", "dicom")
+    extra = {import_name(name) for name in set(extras) - set(requirements())}
     for path in sources(LIBRARY):
         at_import = ast.Module([node for node in tree_of(path).body if not isinstance(node, DEFINED)], [])
         found = {name.split(".")[0] for _, name in imports_of(at_import)} & extra
@@ -401,7 +407,7 @@ def test_the_library_does_not_grow_unnoticed():
     """All lines; and lines of code without looking, command line and foreign formats. Raising a bound is a decision."""
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES)
     core = [p for p in MODULES if p.parent == LIBRARY and p.stem != "__main__"]
-    assert lines <= 6700 and sum(map(code_lines, core)) <= 3300
+    assert lines <= 6900 and sum(map(code_lines, core)) <= 3550
 
 
 def code_lines(path: Path) -> int:
