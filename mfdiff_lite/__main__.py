@@ -245,16 +245,17 @@ def restore(
     _ready([out, record_path(out), std, report], [lpet, mr, spet, weights], force)
     with _kept_warnings() as hints:
         scan = _scan(lpet, mr, spet, dose_reduction, frame, frames, suv, register)
-        speak(found := check_scan(scan), force)
+        found = check_scan(scan)
+        speak([one for one in found if one.severity == "refuse" and not force])  # `restore` warns of the others
     model = _model(weights, device)
     if adapt_first:
         model = _adapted(model, scan, device)
     chosen |= {key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None}
     progress = functools.partial(tqdm, desc="restoring", unit="slice", disable=None)
     began = time.monotonic()
-    restored = model.restore(scan, seed=seed, progress=progress, **chosen)
-    seconds = time.monotonic() - began
     with _kept_warnings() as more:
+        restored = model.restore(scan, seed=seed, progress=progress, **chosen)
+        seconds = time.monotonic() - began
         speak(after := check_result(scan, restored), force=True)
     sources = {"lpet": lpet, "mr": mr, "weights": weights}
     written = _saved(out, std, sources, scan, restored, model, found + after, force)

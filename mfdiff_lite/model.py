@@ -177,19 +177,10 @@ class MFdiff(nn.Module):
         fidelity outside [0, 1], another precision, steps that the sampler cannot take, a scan whose dose reduction is
         not known, and weights that give no finite result.
         """
-        if not 0 <= n_samples <= MOST_SAMPLES:
-            raise ValueError(f"n_samples: expected 0 to {MOST_SAMPLES}, found {n_samples}")
-        if not 0 <= fidelity <= 1:
-            raise ValueError(f"fidelity: expected 0 to 1, found {fidelity}")
-        if precision not in ("auto", "float32"):
-            raise ValueError(f"precision: expected 'auto' or 'float32', found {precision!r}")
+        _refuse_settings(n_samples, fidelity, precision)
         self.schedule.times(steps, start)  # refuse before any work
         view = ModelView(scan, self.context)
-        if (needed := 2 * n_samples * view.lpet.size) > MEMORY:
-            raise ValueError(
-                f"n_samples: expected samples of at most {MEMORY / 1e9:g} GB together, found {n_samples} of "
-                f"{view.shape} voxels, {needed / 1e9:.0f} GB; take fewer, or crop the scan to the head"
-            )
+        _refuse_memory(n_samples, view)
         self._warn_of_repeated_slices(view)
         if scan.sources:  # a simulated scan is what it says it is
             speak(check_scan(scan), force=True)
@@ -266,6 +257,23 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _refuse_settings(n_samples: int, fidelity: float, precision: str) -> None:
+    if not 0 <= n_samples <= MOST_SAMPLES:
+        raise ValueError(f"n_samples: expected 0 to {MOST_SAMPLES}, found {n_samples}")
+    if not 0 <= fidelity <= 1:
+        raise ValueError(f"fidelity: expected 0 to 1, found {fidelity}")
+    if precision not in ("auto", "float32"):
+        raise ValueError(f"precision: expected 'auto' or 'float32', found {precision!r}")
+
+
+def _refuse_memory(n_samples: int, view: ModelView) -> None:
+    if (needed := 2 * n_samples * view.lpet.size) > MEMORY:
+        raise ValueError(
+            f"n_samples: expected samples of at most {MEMORY / 1e9:g} GB together, found {n_samples} of "
+            f"{view.shape} voxels, {needed / 1e9:.0f} GB; take fewer, or crop the scan to the head"
+        )
 
 
 def residual_sd(dose_reduction: Tensor) -> Tensor:
