@@ -67,7 +67,11 @@ GOALS = {
 }
 TRAIN_GOALS = {"equal_time": ("PSNR after equal training time minus the best peer's", "dB", ">=", 0.5, 1.5)}
 SIDE, CROP, BATCH = 128, 96, 8
-PEERS = {"MONAI DiffusionModelUNet": "monai", "diffusers UNet2DModel": "diffusers"}
+PEERS = {
+    "MONAI DiffusionModelUNet": (32, 64, 128),
+    "diffusers UNet2DModel": (32, 64, 128),
+    "diffusers UNet2DModel, deeper": (16, 32, 64, 128),  # as many weights, fewer of them at full resolution
+}
 
 
 def needed(package: str) -> Any:
@@ -81,18 +85,19 @@ def needed(package: str) -> Any:
 
 
 class Peer(nn.Module):
-    """A U-Net of another package as a denoiser of (x_t, LPET, MR) by channels: widths as ours, one block a level,
+    """A U-Net of another package as a denoiser of (x_t, LPET, MR) by channels: widths of `PEERS`, one block a level,
     attention at the coarsest."""
 
     def __init__(self, name: str):
         super().__init__()
-        widths, channels = (32, 64, 128), {"in_channels": 3, "out_channels": 1, "norm_num_groups": 8}
+        widths, channels = PEERS[name], {"in_channels": 3, "out_channels": 1, "norm_num_groups": 8}
         if name.startswith("MONAI"):
             nets = needed("monai.networks.nets")
             levels = {"attention_levels": (False, False, True), "num_res_blocks": 1, "num_head_channels": 32}
             self.net = nets.DiffusionModelUNet(spatial_dims=2, channels=widths, **levels, **channels)
         else:
-            down, up = ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")
+            plain = len(widths) - 1
+            down, up = (*["DownBlock2D"] * plain, "AttnDownBlock2D"), ("AttnUpBlock2D", *["UpBlock2D"] * plain)
             levels = {"down_block_types": down, "up_block_types": up, "layers_per_block": 1}
             self.net = needed("diffusers").UNet2DModel(block_out_channels=widths, **levels, **channels)
 
