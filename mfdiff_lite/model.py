@@ -384,8 +384,7 @@ def load_model(path: str | Path, device: str = "auto") -> MFdiff:
             "fetch it again"
         ) from None
     model.card = card
-    # Channels last: what the convolutions of CPUs and GPUs work on, so that they need not turn what they get.
-    return model.to(pick_device(device), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return model.to(pick_device(device)).eval()
 
 
 def load_pretrained(device: str = "auto") -> MFdiff:

@@ -137,14 +137,13 @@ def converted(series: Path) -> Iterator[Path]:
         ) from None
     with TemporaryDirectory(prefix="mfdiff-") as folder:
         options = ["-z", "y", "-b", "y", "-ba", "n", "-w", "2", "-f", "%s_%d", "-o", folder, str(series)]
-        done = subprocess.run([dcm2niix.bin, *options], capture_output=True, text=True, errors="replace")
+        subprocess.run([dcm2niix.bin, *options], capture_output=True)
         found = sorted(Path(folder).glob("*.nii.gz"))
         if len(found) != 1:
-            said = done.stdout.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            names = ", ".join(path.name.removesuffix(".nii.gz") for path in found[:4]) or f"none ({said[0][:100]})"
+            names = ", ".join(path.name.removesuffix(".nii.gz") for path in found[:4])
+            what = f"{len(found)}: {names}" if found else "none that dcm2niix can convert"
             raise ValueError(
-                f"{series}: expected the DICOM files of one series, found {len(found) or ''} {names}; "
-                "put one series into a folder of its own"
+                f"{series}: expected the DICOM files of one series, found {what}; put one series into a folder of its own"
             )
         sidecar = sidecar_of(found[0])
         sidecar |= _times_of_injection(series, sidecar)

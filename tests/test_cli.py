@@ -415,7 +415,7 @@ def test_evaluate_refuses(tmp_path, files, role, bad):
         path, _, message = broken(tmp_path, bad)
     if bad == "NaN":  # on the grid of the others, so that the content is what is wrong
         write(path, nib.load(path).get_fdata().astype(np.float32))
-        message = "expected finite values, found .*NaN or infinite"
+        message = "expected finite values, found .*NaN"
     paths = {"lpet": files[0], "spet": files[0], "restored": files[0], role: path}
     before = tree(tmp_path)
     arguments = [part for key, value in paths.items() for part in (f"--{key}", value)]
@@ -495,7 +495,10 @@ def test_existing_outputs_need_force(tmp_path, files, weights):
     assert tree(tmp_path) == before
     result = restore(lpet, mr, target, weights, "--force")
     assert result.exit_code == 0, result.output
-    assert nib.load(target).shape == head().shape and [p.name for p in out.iterdir()] == ["out.nii.gz"]
+    assert nib.load(target).shape == head().shape and sorted(p.name for p in out.iterdir()) == [
+        "out.json",
+        "out.nii.gz",
+    ]
 
 
 def test_simulate_and_evaluate_need_force_too(case, tmp_path):
@@ -708,7 +711,7 @@ def test_many_cases_go_on_after_a_failure_and_skip_what_is_done(tmp_path, table,
     out = tmp_path / "many"
     arguments = ["restore-all", table, "--out", out, "--quality", "fast", "--weights", weights]
     result = run(*arguments)
-    assert result.exit_code == 2 and sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert result.exit_code == 2 and sorted(p.name for p in out.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
     assert "2 restored into" in result.stdout and "0 there already, 1 failed" in result.stdout
     assert f"{table}: expected to restore every case, failed on b" in result.stderr
     assert "bad.nii.gz: expected a NIfTI file" in result.stderr
@@ -732,7 +735,7 @@ def test_two_processes_share_the_cases(tmp_path, weights, files):
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert ["2 restored" in said[0], "1 restored" in said[1]] == [True, True]
-    assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert sorted(p.name for p in out.glob("*.nii.gz")) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
 
 
 def test_bids_cases_take_the_mr_of_their_subject(tmp_path):

@@ -22,9 +22,12 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 def course():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
+        others = {name: sys.modules.pop(name, None) for name in ("course", "results")}  # of the same names
         yield importlib.import_module("course")
-    for name in ("course", "results"):
-        sys.modules.pop(name, None)  # other tests load these under the same names
+    for name, other in others.items():
+        sys.modules.pop(name, None)
+        if other is not None:
+            sys.modules[name] = other
 
 
 def cells_of(path):

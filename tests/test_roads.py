@@ -111,7 +111,7 @@ def test_a_folder_of_two_series_is_refused(series, frames, tmp_path):
     both = dicom(tmp_path / "both", frames[:1])
     for path in dicom(tmp_path / "more", frames[:1]).iterdir():
         path.rename(both / f"second-{path.name}")
-    with pytest.raises(ValueError, match="both: expected the DICOM files of one series, found 2 .*folder of its own"):
+    with pytest.raises(ValueError, match="both: expected the DICOM files of one series, found 2: .*folder of its own"):
         read_image(both)
 
 
