@@ -143,7 +143,8 @@ def converted(series: Path) -> Iterator[Path]:
             names = ", ".join(path.name.removesuffix(".nii.gz") for path in found[:4])
             what = f"{len(found)}: {names}" if found else "none that dcm2niix can convert"
             raise ValueError(
-                f"{series}: expected the DICOM files of one series, found {what}; put one series into a folder of its own"
+                f"{series}: expected the DICOM files of one series, found {what}; put one series into a folder of its "
+                "own"
             )
         sidecar = sidecar_of(found[0])
         sidecar |= _times_of_injection(series, sidecar)
