@@ -150,7 +150,8 @@ class Case:
     def restore(self, lpet: object = None, mr: object = None, *more: str) -> tuple[int, str, np.ndarray | None]:
         """Exit status, what was said, and the restored image of two samples."""
         out = self.folder / "out.nii.gz"
-        out.unlink(missing_ok=True)
+        for path in (out, self.folder / "out.json"):
+            path.unlink(missing_ok=True)
         command = ["restore", "--lpet", f"{lpet or self.lpet}", "--mr", f"{mr or self.mr}", "--out", f"{out}"]
         more = more if "--samples" in more else ("--samples", "2", *more)
         more = more if "--dose-reduction" in more else ("--dose-reduction", "20", *more)

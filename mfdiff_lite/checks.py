@@ -342,8 +342,10 @@ def _halves(scan: Scan) -> Finding | None:
 def check_result(scan: Scan, restored: Any) -> list[Finding]:
     """The findings about a restored image (the scan's grid, NumPy or torch, or a `Restoration`): activity moved."""
     image = as_array(getattr(restored, "mean", restored) if not isinstance(restored, np.ndarray) else restored)
-    mask = brain_mask(scan)
     image = image.reshape(scan.lpet.shape)
+    mask = brain_mask(scan)
+    if scan.background is not None:
+        mask = mask & ~scan.background
     moved = abs(float(image[mask].sum() / scan.lpet[mask].sum()) - 1)
     sentence = (
         f"result: expected the brain's activity to stay within {MOST_MOVED:.0%}, found it moved by {moved:.1%}; do not "

@@ -144,6 +144,19 @@ def test_nan_round_the_head_is_air_and_comes_back(tmp_path, slab):
     np.testing.assert_array_equal(np.isnan(written), air)
 
 
+def test_nan_holes_of_a_mask_of_low_values_are_air_too(slab):
+    """Beside NaN round the head; more of them, or any without, are refused."""
+    air = slab.lpet < 0.02 * slab.lpet.max()
+    outside = ndimage.label(air)[0] == ndimage.label(air)[0][0, 0, 0]
+    holes, many = np.zeros((2, *air.shape), bool)
+    holes[60:64, 70:72, 3], many[50:70, 50:70, 3] = True, True
+    scan = Scan(np.where(outside | holes, np.nan, slab.lpet), dose_reduction=20)
+    np.testing.assert_array_equal(scan.background, outside | holes)
+    for image in (np.where(outside | many, np.nan, slab.lpet), np.where(holes, np.nan, slab.lpet)):
+        with pytest.raises(ValueError, match="NaN voxels .* that are not the air"):
+            Scan(image, dose_reduction=20)
+
+
 @pytest.mark.parametrize("role", ["lpet", "mr"])
 def test_nan_in_the_head_is_refused_with_place_and_share(slab, role):
     images = {"lpet": slab.lpet.copy(), "mr": slab.mr.copy()}
