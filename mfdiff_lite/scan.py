@@ -159,8 +159,8 @@ def _finite(array: np.ndarray, called: str) -> np.ndarray:
 
 
 def without_nan(array: np.ndarray, called: str) -> np.ndarray:
-    """NaN round the head, in one piece with a corner of the volume, becomes 0; so do holes of a few voxels that the same
-    mask left in the head. Raises ValueError for other NaN, with place and share."""
+    """NaN round the head, in one piece with a corner of the volume, becomes 0; so do holes of a few voxels that the
+    same mask left in the head. Raises ValueError for other NaN, with place and share."""
     air = np.isnan(array) if array.dtype.kind == "f" else np.zeros(1, bool)
     if not air.any():
         return array
