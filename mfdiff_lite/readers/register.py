@@ -5,6 +5,8 @@
 
 SimpleITK (Apache-2.0) needs NumPy alone. antspyx (Apache-2.0) brings requirements for deformations that are not wanted
 here.
+The method never imports this module: it makes a scan whose MR lies on the PET's grid, as any other.
+"""
 
 from __future__ import annotations
 
