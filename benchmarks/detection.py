@@ -8,8 +8,10 @@ channelised Hotelling observer (and one that does not prewhiten, as a check) see
 middle in both, and says which one holds it (`metrics.forced_choice`). The same on plain images of other doses gives the
 equivalent dose of a method: the dose of plain images with which the observer does as well.
 
-Lesion contrasts and filters were chosen on the validation anatomy (`--anatomy ahba-15496`, writes nothing). Writes
-results/detection.json, results/detection.png and the rows of group "detect" in results/targets.json.
+The filters were tuned on validation patients (`make evidence`). The lesion contrasts are a first guess around
+threshold: look at them on the validation anatomy (`--anatomy ahba-15496`, writes nothing) before the first table.
+
+Writes results/detection.json, results/detection.png and the rows of group "detect" in results/targets.json.
 """
 
 from __future__ import annotations

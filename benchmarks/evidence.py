@@ -159,9 +159,9 @@ def size_and_region(x: np.ndarray, scan: Scan) -> dict[str, float]:
     """What `score` leaves out: contrast kept by lesion size, and bias by tissue, against SPET."""
     brain, row = scan.tissues > 0, {}
     for size, across in SIZES.items():
-        row[f"contrast_{size}"] = metrics.contrast_kept(
-            x, scan.spet, scan.lesions, scan.lesion_table, brain, "pet-only", across
-        )
+        known = (x, scan.spet, scan.lesions, scan.lesion_table, brain, "pet-only", across)
+        row[f"contrast_{size}"] = metrics.contrast_kept(*known)
+        row[f"contrast_error_{size}"] = metrics.contrast_error(*known)["rms"]
     for value, tissue in ((1, "grey"), (2, "white")):
         row[f"bias_{tissue}"] = metrics.activity_bias(x, scan.spet, (scan.tissues == value) & scan.mask)
     return row
