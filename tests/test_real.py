@@ -234,13 +234,14 @@ NIFTI = nib.Nifti1Image(np.ones((9, 9, 9), np.float32), A).to_bytes()
     ("name", "content", "words"),
     [
         ("raw.nii.gz", NIFTI, "unpacked NIfTI data under another name; rename it so that it ends in .nii"),
-        ("packed.nii", gzip.compress(NIFTI), "gzip data under another name; rename it"),
+        ("packed.nii", gzip.compress(NIFTI, mtime=0), "gzip data under another name; rename it"),
         ("noending", NIFTI, "unpacked NIfTI data under another name; rename it"),
         ("empty.nii.gz", b"", "an empty file; copy or fetch it again"),
         ("lfs.nii.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "a git-lfs pointer"),
         ("page.nii.gz", b"<!DOCTYPE html><html>login</html>", "a web page or XML text; download it again"),
         ("archive.nii", b"PK\x03\x04" + bytes(600), "a ZIP archive; unpack it"),
     ],
+    ids=["raw", "packed", "no ending", "empty", "pointer", "page", "archive"],
 )
 def test_a_file_that_is_something_else_is_called_by_its_name(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
