@@ -35,7 +35,7 @@ from onnx import numpy_helper
 from scipy import ndimage
 
 from mfdiff_lite.anatomy import embedded_anatomy
-from mfdiff_lite.config import FWHM_TO_SD, TEST_ANATOMIES
+from mfdiff_lite.config import FWHM_TO_SD, SIDE, TEST_ANATOMIES
 from mfdiff_lite.fusion import Fused
 from mfdiff_lite.model import START, STEPS, MFdiff, load_model, load_pretrained, paired_noise
 from mfdiff_lite.phantom import Randomisation, VirtualPatient, virtual_patient
@@ -291,19 +291,25 @@ def settings(model: MFdiff, padded: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def build(model: MFdiff, cases: list[dict[str, Any]], out: Path, tarball: Path) -> None:
-    """Make the folder and put it in place of an earlier one, all or nothing. Raises WebError."""
-    if out.exists() and not (out / "try.html").is_file():
-        raise WebError(f"{out} exists and is not an earlier page, which would be replaced: name another --out")
+def padded_size(cases: list[dict[str, Any]]) -> tuple[int, int]:
+    """The size that the network is exported for. Raises WebError for cases with boxes of several sizes."""
     shapes = {tuple(case["images"]["fields"]["mr"]["shape"][1:]) for case in cases}
     if len(shapes) != 1:
         raise WebError(f"expected cases with boxes of one size, found {sorted(shapes)}; choose other seeds")
-    padded = tuple(-(-side // 32) * 32 for side in shapes.pop())
-    worker, wasm = runtime(tarball)
-    scripts = {"settings": _script("settings", settings(model, padded))}
+    height, width = (-(-side // SIDE) * SIDE for side in shapes.pop())
+    return height, width
+
+
+def build(
+    model: MFdiff, cases: list[dict[str, Any]], network: dict[str, bytes], worker: str, wasm: bytes, out: Path
+) -> None:
+    """Make the folder and put it in place of an earlier one, all or nothing. Raises WebError."""
+    if out.exists() and not (out / "try.html").is_file():
+        raise WebError(f"{out} exists and is not an earlier page, which would be replaced: name another --out")
+    files = {name: text_of(data) for name, data in network.items()} | {"wasm": text_of(wasm), "worker": worker}
+    scripts = {"settings": _script("settings", settings(model, padded_size(cases)))}
     scripts |= {f"case{number}": _script("cases.push", case) for number, case in enumerate(cases)}
-    files = {name: text_of(data) for name, data in exported(model, *padded).items()} | {"wasm": text_of(wasm)}
-    scripts["network"] = _script("files", files | {"worker": worker})
+    scripts["network"] = _script("files", files)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".web_", dir=out.parent) as temporary:
         site = Path(temporary, "site")
@@ -343,14 +349,13 @@ def main(
 ) -> None:
     """Make the page on which the model restores in the reader's browser."""
     try:
-        tarball = fetched()
-        model = load_model(weights, "cpu") if weights else load_pretrained("cpu")
-        cases = []
+        worker, wasm = runtime(fetched())
+        model, cases = load_model(weights, "cpu") if weights else load_pretrained("cpu"), []
         for case in CASES:
             typer.echo(f"{case.title}: scanning and restoring one patient")
             cases.append(stored_case(model, case, simulated(case)))
         typer.echo("exporting the network")
-        build(model, cases, out, tarball)
+        build(model, cases, exported(model, *padded_size(cases)), worker, wasm, out)
     except (WebError, OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None

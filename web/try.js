@@ -6,14 +6,14 @@
   const brush = () => document.querySelector("input[name=brush]:checked").value;
   const PANES = [
     // key, title, colour map, meaning of the values
-    ["lpet", "LPET", "gray_r", "activity [kBq/mL]"],
-    ["mr", "MR", "gray", "MR signal [arbitrary]"],
-    ["spet", "SPET", "gray_r", "activity [kBq/mL]"],
-    ["activity", "truth", "gray_r", "activity [kBq/mL]"],
-    ["mean", "restored", "gray_r", "activity [kBq/mL]"],
-    ["difference", "restored - SPET", "RdBu_r", "difference [kBq/mL]"],
-    ["std", "SD of the samples", "magma", "SD [kBq/mL]"],
-    ["gate", "gate: how much MR is let in", "viridis", "0 to 1"],
+    ["lpet", "LPET", "gray_r", "kBq/mL"],
+    ["mr", "MR", "gray", "arbitrary"],
+    ["spet", "SPET", "gray_r", "kBq/mL"],
+    ["activity", "truth", "gray_r", "kBq/mL"],
+    ["mean", "restored", "gray_r", "kBq/mL"],
+    ["difference", "restored \u2212 SPET", "RdBu_r", "kBq/mL"],
+    ["std", "SD of samples", "magma", "kBq/mL"],
+    ["gate", "gate", "viridis", "share of MR let in"],
   ];
   const SLIDERS = ["slice", "dx", "dy", "turn", "diameter", "uptake", "samples", "fidelity", "window"];
   const COMPUTED = ["dx", "dy", "turn", "samples", "fidelity", "dose", "mr", "slice", "case"];
@@ -359,14 +359,16 @@
   async function openCase() {
     stop();
     const index = element("case").selectedIndex, other = cases[(index + 1) % cases.length];
-    [state.images, state.other] = await Promise.all([chosen(), other].map(({ images }) => unpacked(images)));
+    const both = await Promise.all([cases[index], other].map(({ images }) => unpacked(images)));
+    if (index !== element("case").selectedIndex) return; // the reader has gone on
+    [state.images, state.other] = both;
     const [depth, rows, columns] = state.images.mr.shape;
     element("about").textContent = chosen().about;
     element("slice").max = depth;
     element("slice").value = chosen().check.slice + 1;
     const options = chosen().doses.map((dose) => {
       const share = Number((100 / dose).toPrecision(2));
-      return new Option(`${share} % of the counts (dose reduction ${dose})`, dose, dose === 20, dose === 20);
+      return new Option(`${share} % of the counts (DRF ${dose})`, dose, dose === 20, dose === 20);
     });
     element("dose").replaceChildren(...options);
     element("window").max = Math.ceil(1.5 * percentile(state.images.spet.data, 99.9));
@@ -390,9 +392,9 @@
   function makePanes() {
     for (const [key, title, map] of PANES) {
       const figure = document.createElement("figure");
-      figure.innerHTML = `<div class="picture"><canvas id="pane-${key}" tabindex="0" role="img"></canvas>` +
-        `<b>R</b><b>L</b></div><div class="bar"></div><div class="ends" id="ends-${key}"></div>` +
-        `<figcaption>${title} <output id="value-${key}"></output></figcaption>`;
+      figure.innerHTML = `<figcaption>${title} <output id="value-${key}"></output></figcaption>` +
+        `<div class="picture"><canvas id="pane-${key}" tabindex="0" role="img"></canvas><b>R</b><b>L</b></div>` +
+        `<div class="bar"></div><div class="ends" id="ends-${key}"></div>`;
       const stops = settings.maps[map].filter((_, i) => i % 16 === 0 || i === 254).map((c) => `rgb(${c})`);
       figure.querySelector(".bar").style.background = `linear-gradient(to right, ${stops})`;
       figure.querySelector("canvas").addEventListener("click", onPoint);
@@ -410,8 +412,8 @@
     await startWorker();
     for (const id of ["restore", "check"]) element(id).disabled = false;
     element("told").textContent = "Ready.";
-    restore();
-    // A second worker draws every second sample; the first one does not wait for it.
+    await restore();
+    // A second worker draws every second sample. It starts last, so that the first picture does not wait for it.
     if ((navigator.hardwareConcurrency || 1) > 1) await startWorker();
   }
 
