@@ -182,7 +182,7 @@ const network = {
 def toy_scan(depth):
     """A head-like ball of even sides, not a multiple of 32, with an MR that has air."""
     rng = np.random.default_rng(5)
-    x, y = np.ogrid[-24:24, -28:28]
+    x, y = np.ogrid[-34:34, -34:34]
     inside = ((x / 18.0) ** 2 + (y / 22.0) ** 2 < 1)[..., None] & np.ones(depth, bool)
     lpet = ndimage.gaussian_filter(inside * 8.0, (1, 1, 0)) * rng.uniform(0.5, 1.5, inside.shape)
     mr = inside * rng.uniform(50, 200, inside.shape)
