@@ -18,13 +18,16 @@ export PYTHONUNBUFFERED := 1
 
 # A stamp holds the folder it was made for: a checkout that was copied or moved with its .venv must be installed again,
 # or it would go on importing the library from the old folder.
+# JupyterLab's own settings for this checkout: no news from elsewhere over the first page.
+LAB        := runs/lab-settings
 STAMP      := $(VENV)/.installed
 STAMP_DEV  := $(VENV)/.installed-dev
 STAMP_BOOK := $(VENV)/.installed-book
+STAMP_BENCH := $(VENV)/.installed-bench
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence detection ablations adaptation course-targets anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence checks detection ablations adaptation real fuzz course-targets viewer-targets pages bench gpu anatomies lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -41,10 +44,17 @@ demo: $(STAMP)  ## restore one simulated head (notebook 00); say where the resul
 	@echo
 	@echo "restored volume  $$PWD/runs/demo/00_quickstart/restored.nii.gz"
 	@echo "figure           $$PWD/runs/demo/00_quickstart/figure.png"
-	@echo "notebook (HTML)  $$PWD/runs/demo/00_quickstart.html"
+	@echo "to look at       file://$$PWD/runs/demo/00_quickstart.html"
+	@echo
+	@echo "next: make lab (the notebooks, in JupyterLab), or mfdiff restore on files of your own ($(PY) -m mfdiff_lite restore --help)"
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
-	$(PY) -m jupyter lab --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	@mkdir -p $(LAB)/@jupyterlab/apputils-extension
+	@echo '{"fetchNews": "false", "checkForUpdates": false}' > $(LAB)/@jupyterlab/apputils-extension/notification.jupyterlab-settings
+	@# Root is the usual user of a container; helper files of the notebooks are not lessons.
+	JUPYTERLAB_SETTINGS_DIR="$$PWD/$(LAB)" $(PY) -m jupyter lab --ServerApp.root_dir="$$PWD" \
+	  --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) \
+	  "--ContentsManager.hide_globs=['__pycache__','*.py','*.json','*.pyc']" $(ARGS)
 
 test: $(STAMP_DEV)  ## the whole test suite, all notebooks included
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
@@ -68,26 +78,54 @@ train: PROFILE ?= cpu
 train: $(STAMP)  ## train stage 1, or go on with it (PROFILE=cpu OUT=runs/stage1)
 	$(PY) -m mfdiff_lite train --profile $(PROFILE) --out $(OUT) --resume $(ARGS)
 
-results: $(STAMP_DEV)  ## measure again every number and figure of the README
+results: $(STAMP_DEV)  ## measure the shipped weights on the test patients
 	$(PY) benchmarks/results.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
 results-check: $(STAMP_DEV)  ## measure the first patients again and compare with results/
 	$(PY) benchmarks/results.py --check
 
 evidence: $(STAMP_DEV)  ## measure the shipped weights against filters, wrong MRs and their own uncertainty
 	$(PY) benchmarks/evidence.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
 detection: $(STAMP_DEV)  ## ask observers whether known lesions at threshold survive restoring (half an hour)
 	$(PY) benchmarks/detection.py $(ARGS)
+	$(PY) benchmarks/pages.py
+
+checks: $(STAMP_DEV)  ## count how often the checks of a scan are right, and measure the registration (half an hour)
+	$(PY) benchmarks/checks.py $(ARGS)
 
 ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at one budget (hours), and compare
 	$(PY) benchmarks/ablations.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
 adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose image (hours), and compare
 	$(PY) benchmarks/adaptation.py $(ARGS)
+	$(PY) benchmarks/pages.py
 
-course-targets: $(STAMP_DEV)  ## measure what explorer, notebooks and book cost (half an hour)
+real: $(STAMP_DEV)  ## put in what strangers bring in: bright things, edges, damaged files, kills (an hour)
+	$(PY) benchmarks/real.py $(ARGS)
+	$(PY) benchmarks/pages.py
+
+fuzz: $(STAMP_DEV)  ## 10,000 mutated headers, streams, sidecars, weights and command lines (minutes)
+	$(PY) benchmarks/fuzz.py $(ARGS)
+
+course-targets: $(STAMP_DEV)  ## measure what notebooks and book cost (half an hour)
 	$(PY) benchmarks/course.py $(ARGS)
+
+bench: $(STAMP_BENCH)  ## measure speed against other packages, and how cost grows (10 minutes on an idle machine)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/bench.py $(ARGS)
+
+gpu: MINUTES ?= 20
+gpu: $(STAMP_BENCH)  ## everything to do with a GPU at hand, resumable (MINUTES=20 of training; says so where there is none)
+	$(PY) benchmarks/gpu.py --minutes $(MINUTES) $(ARGS)
+
+viewer-targets: $(STAMP_DEV)  ## measure the viewer in Chromium: speed, size, fit, tests (minutes)
+	$(PY) benchmarks/viewer.py $(ARGS)
+
+pages: $(STAMP_DEV)  ## write tables, claims and sentences about results/ into README, docs/ and notebooks
+	$(PY) benchmarks/pages.py
 
 anatomies: $(STAMP_DEV)  ## rebuild the embedded anatomies and compare with the stored files
 	$(PY) data/build_anatomies.py --check $(ARGS)
@@ -112,7 +150,7 @@ $(VENV)/bin/pip:
 define install
 @$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(VENV) has no working Python 3.10 or newer: remove it (rm -rf $(VENV)) and run make again" >&2; exit 1; }
 @echo "Installing $(1) into $(VENV) (the first time this takes minutes: PyTorch is large)"
-@$(PIP_INSTALL) --editable "$(1)" || { echo "pip could not install $(1) into $(VENV): see its message above, then run make again" >&2; exit 1; }
+@$(PIP_INSTALL) --editable "$(1)" > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; echo "pip could not install $(1) into $(VENV): see its message above, then run make again" >&2; exit 1; }
 endef
 
 $(STAMP): pyproject.toml $(if $(call stale,$(STAMP)),FORCE) | $(VENV)/bin/pip
@@ -127,5 +165,10 @@ $(STAMP_BOOK): pyproject.toml $(if $(call stale,$(STAMP_BOOK)),FORCE) | $(VENV)/
 $(STAMP_DEV): pyproject.toml $(if $(call stale,$(STAMP_DEV)),FORCE) | $(VENV)/bin/pip
 	$(call install,.[dev])
 	@pwd -P > $(STAMP); pwd -P > $(STAMP_BOOK); pwd -P > $@
+
+# Only adds to what is there: a PyTorch that is installed already stays.
+$(STAMP_BENCH): $(STAMP_DEV) $(if $(call stale,$(STAMP_BENCH)),FORCE)
+	$(call install,.[bench])
+	@pwd -P > $@
 
 FORCE:

@@ -43,7 +43,7 @@ from mfdiff_lite.model import START, STEPS, MFdiff, load_model, load_pretrained,
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.stage1 import WEIGHTS, train_stage1
 from mfdiff_lite.view import FIDELITY_SD
-from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json, write_readme
+from results import DOSE, RESULTS, SLICES, Targets, as_table, scans, write_json
 
 K = 4  # samples of a restoration
 HEADLINE = ("gated fusion", "MR concatenated", "PET only", "regression U-Net, PET + MR")
@@ -327,7 +327,7 @@ def picture(variants: dict[str, dict], gaussians: list[dict], how: str, path: Pa
     figure.savefig(path, dpi=100)
 
 
-def readme_block(variants: dict[str, dict]) -> str:
+def table_block(variants: dict[str, dict]) -> str:
     """PSNR, contrast kept and leak of every variant, with the right, another patient's and no MR."""
     lines = ["| | PSNR [dB] | another patient's MR | no MR | PET-only contrast kept | MR leak |", "|---" * 6 + "|"]
     for name, one in variants.items():
@@ -409,15 +409,12 @@ def main(
 
 
 def publish(found: dict, key: str) -> None:
-    """README block, picture and targets of one comparison, once all that they need is measured."""
+    """Picture and targets of one comparison, once all that they need is measured."""
     steps = found[f"setting of {key}"]["steps"]
-    if key == "variants" and found[key].keys() >= set(HEADLINE):
-        write_readme(readme_block(found[key]), "ablations")
-    elif key == "headline" and (seeds := complete(found[key])):
+    if key == "headline" and (seeds := complete(found[key])):
         variants = over_seeds(seeds)
         targets = Targets("evidence", GOALS, "make ablations ARGS=--headline")
         report(variants, found["gaussian"], targets)
-        write_readme(readme_block(variants), key)
         how = f"{steps} steps from random weights, {'one seed' if len(seeds) == 1 else f'mean of {len(seeds)} seeds'}"
         picture(variants, found["gaussian"], how, RESULTS / "tradeoff.png")
         targets.show()
@@ -425,7 +422,6 @@ def publish(found: dict, key: str) -> None:
     elif key == "continued" and found[key].keys() | found["doses"].keys() == CONTINUED.keys():
         targets = Targets("evidence", CONTINUED_GOALS, "make ablations ARGS=--continued")
         report_continued(found[key], found["doses"], targets)
-        write_readme(readme_block(found[key]) + doses_block(found["doses"]), key)
         how = f"from weights {found['setting of continued']['from'][:8]}, {steps} steps each"
         picture(found[key], found["gaussian"], how, RESULTS / "tradeoff_continued.png")
         targets.show()

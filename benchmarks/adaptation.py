@@ -5,6 +5,7 @@
     python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
     python benchmarks/adaptation.py --alone                 # the user who has nothing but the scan: 4 minutes a target
+    python benchmarks/adaptation.py --store                 # the adapted weights that notebook 06 shows: minutes
     python benchmarks/adaptation.py --report                # tables, figure and targets of what is measured
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
@@ -23,28 +24,33 @@ import functools
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mfdiff_lite import metrics
 from mfdiff_lite.baselines import gaussian, tune
 from mfdiff_lite.config import TEST_ANATOMIES, TRAIN_ANATOMIES, Adaptation, load_profile
 from mfdiff_lite.evaluation import score
+from mfdiff_lite.files import whole_file
 from mfdiff_lite.model import MFdiff, load_pretrained
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
 from mfdiff_lite.stage2 import train_stage2
-from results import DOSE, LESIONS, RESULTS, Targets, write_json, write_readme
+from results import DOSE, LESIONS, RESULTS, Targets, write_json
 from second_simulator import second_scan
 
 PAIRS = ("wide-psf+few-counts", "amyloid+t2-mr")
 COHORT = ("edge-scanner", "amyloid")  # where split and sure also learn from other patients and not from the target
+STORED = Path(__file__).parents[1] / "notebooks" / "06_stage2.safetensors"  # what notebook 06 shows at once
+STORED_SHIFT, STORED_OTHERS = "amyloid+t2-mr", 3
 OTHERS = 10  # patients of a shift beside the target
 K = 4  # samples of a restoration
 SEEDS, TRACERS = (3, 4), ("fdg", "amyloid", "fdopa")  # targets of the second simulator
@@ -98,9 +104,9 @@ def adapted(parent: MFdiff, scans: Scan | list[Scan], objective: str, settings: 
     return last.model, last, truth
 
 
-def others_of(shift: str, slices: int) -> list[Scan]:
+def others_of(shift: str, slices: int, count: int = OTHERS) -> list[Scan]:
     """Other patients of the shift, with heads that stage 1 was trained on: they tell of the shift, not of the head."""
-    heads = itertools.islice(itertools.cycle(TRAIN_ANATOMIES), OTHERS)
+    heads = itertools.islice(itertools.cycle(TRAIN_ANATOMIES), count)
     return [target(shift, 930_000 + i, slices, head) for i, head in enumerate(heads)]
 
 
@@ -130,6 +136,20 @@ def from_others(parent: MFdiff, shift: str, settings: Adaptation, slices: int, a
     """split and sure on other patients of the shift, judged on the target, which they have not seen."""
     scan, others = target(shift, 910_000, slices, anatomy), others_of(shift, slices)
     return {objective: judged(adapted(parent, others, objective, settings)[0], scan) for objective in ("split", "sure")}
+
+
+def store(parent: MFdiff, settings: Adaptation, slices: int) -> None:
+    """Adapt by `split` to some other patients of a shift, and keep the weights that changed, in half precision."""
+    others = others_of(STORED_SHIFT, slices, STORED_OTHERS)
+    model, state, _ = adapted(parent, others, "split", settings)
+    before = parent.state_dict()
+    changed = {
+        name: value.half().contiguous() for name, value in model.state_dict().items() if not value.equal(before[name])
+    }
+    about = {"parent": parent.fingerprint, "shift": STORED_SHIFT, "patients": str(STORED_OTHERS)}
+    with whole_file(STORED, force=True) as partial:
+        save_file(changed, partial, metadata=about | {"objective": "split", "steps": str(state.best)})
+    print(f"{STORED}: {sum(v.numel() for v in changed.values()):,} weights, step {state.best} of {state.step}")
 
 
 def from_scratch(parent: MFdiff, scan: Scan, settings: Adaptation) -> dict:
@@ -232,7 +252,7 @@ def picture(shifts: dict[str, dict]) -> None:
     figure.savefig(RESULTS / "adaptation.png", dpi=100)
 
 
-def readme_block(shifts: dict[str, dict]) -> str:
+def table_block(shifts: dict[str, dict]) -> str:
     """PSNR [dB] against SPET, one target scan a shift, and what adapting costs elsewhere."""
     names, adapted_ones = ("LPET", "from scratch", "stage 1", "split", "sure", "oracle"), ("stage 1", "split", "sure")
     elsewhere = ("in distribution: stage 1, split, sure", "MR leak: stage 1, split, sure")
@@ -286,11 +306,14 @@ def main(
     anatomy: Annotated[str, typer.Option(help="another one than the test anatomy writes nothing")] = TEST_ANATOMIES[0],
     learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
     only_alone: Annotated[bool, typer.Option("--alone", help="only the targets without halves")] = False,
+    only_store: Annotated[bool, typer.Option("--store", help="only the adapted weights of notebook 06")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="measure nothing, write what is measured")] = False,
 ) -> None:
     """Adapt to each shift and compare with stage 1 and the oracle."""
     elsewhere = anatomy != TEST_ANATOMIES[0]
     parent, settings = load_pretrained("cpu"), Adaptation(steps=steps, learning_rate=learning_rate)
+    if only_store:
+        return store(parent, settings, slices)
     path = RESULTS / "adaptation.json"
     setting = {"dose_reduction": DOSE, "slices": slices, "samples": K, "steps": steps, "others": OTHERS}
     setting["parent"] = parent.card.get("rounded_from", parent.fingerprint)
@@ -312,6 +335,7 @@ def main(
     if elsewhere:
         return
     if not only_report:
+        store(parent, settings, slices)
         alone(parent, settings, found, slices, anatomy)
     held = found.setdefault("cohort", {})
     for shift in tqdm([shift for shift in COHORT if shift not in held], desc="other patients", unit="shift"):
@@ -328,7 +352,6 @@ def main(
     targets.show()
     targets.write()
     picture(found["shifts"])
-    write_readme(readme_block(found["shifts"]) + cohort_block(found) + alone_block(found), "adaptation")
 
 
 if __name__ == "__main__":

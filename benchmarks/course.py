@@ -1,18 +1,19 @@
-"""Cost of the course: the slice explorer, the notebooks, the book.
+"""Cost of the course (the notebooks, the book), and what its notebooks ask and say. (Of the viewer: viewer.py.)
 
     make course-targets              # half an hour on 2 idle cores, most of it for the book
-    python benchmarks/course.py --explorer    # the explorer alone; nothing is written
+    python benchmarks/course.py --reading     # counts of questions, answers and sentences: a second
+    make course-targets ARGS=--assignments    # what the assignments' checks are worth: minutes
 
-The explorer turns four volumes of 128^3 with noise in them (the hardest to compress): kernel time of one tick of the
-slider, memory after many of them, and, if Chromium is there, from key press to pixels. Writes the rows of group
-"course" in results/targets.json.
+The assignments: which wrong solutions of notebooks/assignments/mutants.py lose points, and which right ones keep them
+all. Writes the rows of group "course" in results/targets.json.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
+import ast
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -22,74 +23,53 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from mfdiff_lite.look import PLANES, SliceExplorer, explore
 from results import Targets
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("LPET", "SPET", "MR", "restored")
 GOALS = {
-    "tick": ("kernel time of a tick of the explorer, four volumes of 128^3, slowest plane", "ms", "<=", 25.0, None),
-    "memory": ("memory that 1000 ticks leave behind", "MiB", "<=", 1.0, 0.0),
-    "key_to_pixels": ("from key press to pixels in Chromium, same volumes, median", "ms", "<=", 100.0, None),
     "notebook": ("slowest notebook at the smoke profile, alone on the machine", "s", "<=", 45.0, None),
     "book_minutes": ("make book, all notebooks at the cpu profile", "min", "<=", 20.0, None),
     "book_size": ("the book's size", "MB", "<=", 40.0, None),
 }
-
-
-def volumes(size: int) -> dict[str, np.ndarray]:
-    """A noisy ball that fills the volume, in every pane with noise of its own."""
-    radius = np.sqrt(sum((axis - (size - 1) / 2) ** 2 for axis in np.ogrid[:size, :size, :size]))
-    ball = (radius < 0.47 * size).astype(np.float32)
-    draws = (np.random.default_rng(seed).gamma(2, 3, ball.shape) for seed in range(len(NAMES)))
-    return {name: ball * noise.astype(np.float32) for name, noise in zip(NAMES, draws, strict=True)}
-
-
-def ticks(view: SliceExplorer, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Milliseconds of CPU and of wall time of each of `count` steps of the slider, up and down its range."""
-    slider, spent = view.slice, []
-    there = range(slider.min, slider.max + 1)
-    slider.value = slider.max
-    for target in itertools.islice(itertools.cycle([*there[-2::-1], *there[1:]]), count):
-        began = time.process_time(), time.perf_counter()
-        slider.value = target
-        spent.append((time.process_time() - began[0], time.perf_counter() - began[1]))
-    return 1000 * np.transpose(spent)
-
-
-def resident() -> float:
-    """MiB of memory that this process holds (Linux only; NaN elsewhere)."""
-    gc.collect()
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return float("nan")
-    return pages * 4096 / 2**20
-
-
-def explorer(targets: Targets, size: int = 128, count: int = 1000) -> None:
-    """Milliseconds per tick, and the growth of memory."""
-    view, slowest = explore(volumes(size)), 0.0
-    for plane in PLANES:
-        view.plane.value = plane
-        cpu, wall = ticks(view, max(20, count // 10))
-        print(f"{plane:9} {np.median(cpu):6.1f} ms of CPU per tick, {np.median(wall):6.1f} ms of wall time (medians)")
-        slowest = max(slowest, float(np.median(cpu)))
-    targets.add("tick", slowest)
-    before = resident()
-    ticks(view, count)
-    targets.add("memory", resident() - before)
-
-
-def browser(targets: Targets) -> None:
-    """What a browser test wrote down."""
-    told = ROOT / "runs" / "browser" / "speed.json"
-    told.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/test_browser.py", "-k", "written_down"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    if not told.exists():
-        raise typer.BadParameter("expected Chromium and Playwright, found none (apt-get install chromium)")
-    targets.add("key_to_pixels", json.loads(told.read_text())["key_to_pixels_ms"])
+READING_GOALS = {
+    "questions": ("questions with a collapsed answer in the notebooks", "", ">=", 30, 40),
+    "worked": ("notebooks whose exercise has a worked solution", "", ">=", 10, 10),
+    "hard_wired": ("sentences of code cells that say more or less without asking the value", "", "<=", 0, 0),
+    "undefined": ("terms of the glossary that a notebook uses earlier and without a link", "", "<=", 0, 0),
+    "readme_lines": ("lines of the README", "", "<=", 180, 150),
+}
+# Words that compare. A string with one of them belongs into a function conclude_..., which asks the value; what follows
+# from arithmetic or from how a picture is drawn is listed with its reason.
+COMPARING = re.compile(
+    r"\b(better|worse|higher|lower|sharper|smoother|noisier|calmer|hardly|nearly|mostly|barely|far (?:more|less)|"
+    r"falls?|rises?|grows?|improves?|wins?|gains?|loses?|too (?:small|large)|strongest|weaker|resembles?|no more than|"
+    r"steepest)\b"
+)
+ALLOWED = {
+    "An ideal single sample loses": "3.01 dB by arithmetic",
+    "the perfect one loses": "arithmetic; ours are numbers",
+    "Five small maps in columns, the first and four others": "another gain is the word for a factor",
+    "The best Gaussian gains": "a list of signed numbers",
+    "the share of signal variance falls in a long S": "the two schedules are closed forms",
+    "both axes logarithmic: an error of": "closed form, errors of a known denoiser",
+    "after one step all samples stand": "closed form: one step returns the mean",
+    "the error of the guess that is kept falls to zero": "closed form of the warm start",
+    "Time grows with steps": "steps times samples",
+    "whose pixels grow downwards": "how a U-Net is drawn",
+    "whose memory grows follows early": "toy of moving averages, seeded",
+    "the memory of the average, which grows": "a schedule",
+    "the mean loses": "a signed number",
+    "nearly everywhere": "the window is a percentile of the picture",
+    "same NRMSE, two kinds of noise; gain by": "a label",
+    "which gains {": "a signed number",
+    "| ours minus ... |": "the head of a column that counts patients",
+    "the smoother the image, the flatter": "what blur does to contrast",
+}
+CHECKS = {
+    "mutants": ("wrong solutions that the assignments' checks are tried on", "", ">=", 20.0, 30.0),
+    "mutants_caught": ("wrong solutions that lose points", "%", ">=", 95.0, 100.0),
+    "unusual_full": ("right but unusual solutions that score full", "%", ">=", 100.0, None),
+}
 
 
 def notebooks(targets: Targets) -> None:
@@ -113,17 +93,121 @@ def book(targets: Targets) -> None:
     targets.add("book_size", sum(file.stat().st_size for file in files if file.is_file()) / 1e6)
 
 
+def assignments() -> None:
+    """Every wrong and every unusual solution through all checks of its assignment."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "notebooks" / "assignments" / "mutants.py")
+    sys.modules["mutants"] = mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    wrong, right = mutants.measure()
+    print(*(f"full marks for a wrong solution: {name}" for name, failed in wrong.items() if not failed), sep="\n")
+    print(*(f"points lost by a right solution: {name}" for name, failed in right.items() if failed), sep="\n")
+    targets = Targets("course", CHECKS, "make course-targets ARGS=--assignments")
+    targets.add("mutants", len(wrong))
+    targets.add("mutants_caught", 100 * np.mean([bool(failed) for failed in wrong.values()]))
+    targets.add("unusual_full", 100 * np.mean([not failed for failed in right.values()]))
+    targets.write()
+    targets.show()
+
+
+# ---- what a reader meets -----------------------------------------------------------------------------------------
+
+
+def course() -> dict[str, list[dict]]:
+    """The cells of every notebook, in the order of the course."""
+    paths = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in paths}
+
+
+def prose(cells: list[dict]) -> list[str]:
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+
+
+def questions(cells: list[dict]) -> list[tuple[str, str]]:
+    """Question and answer of every box; an empty answer where there is none."""
+    found = []
+    for text in prose(cells):
+        asked = re.match(r"> \*\*(?:Predict|Spot the mistake)\.\*\* (.+?)\n\n(.*)", text, re.DOTALL)
+        if asked:
+            answer = re.search(r"<details><summary>Answer</summary>\n\n(.+?)\n\n</details>", asked[2], re.DOTALL)
+            found.append((asked[1], answer[1] if answer else ""))
+    return found
+
+
+def worked(cells: list[dict]) -> list[str]:
+    """The code of the worked solutions under the exercise."""
+    parts = re.findall(r"<summary>Worked solution</summary>(.*?)</details>", prose(cells)[-1], re.DOTALL)
+    return [code for part in parts for code in re.findall(r"```python\n(.*?)```", part, re.DOTALL)]
+
+
+def hard_wired(source: str) -> list[str]:
+    """Strings of a cell that compare and are not chosen by a value."""
+    plain = "\n".join("" if line.startswith("%") else line for line in source.splitlines())
+    return [
+        text for text in _strings(ast.parse(plain)) if COMPARING.search(text) and not any(a in text for a in ALLOWED)
+    ]
+
+
+def _strings(node: ast.AST) -> list[str]:
+    """Texts with values in them, and long ones; without docstrings, and without what a condition chooses."""
+    if isinstance(node, ast.FunctionDef):
+        if node.name.startswith("conclude_"):
+            return []
+        return [text for part in node.body[ast.get_docstring(node) is not None :] for text in _strings(part)]
+    if isinstance(node, ast.IfExp):
+        return []
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)]
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) and len(node.value) > 80 else []
+    return [text for part in ast.iter_child_nodes(node) for text in _strings(part)]
+
+
+def undefined() -> list[str]:
+    """Terms that a notebook uses before the one that explains them, in a cell without a link to it or the glossary."""
+    entries = re.findall(r"^\*\*(.+?)\*\* –(.+?)(?=\n\n|\Z)", (ROOT / "docs/glossary.md").read_text(), re.DOTALL | re.M)
+    texts, found = {stem: prose(cells) for stem, cells in course().items()}, []
+    for names, about in entries:
+        home = min(re.findall(r"\[(\d\d)]", about))
+        for name in names.split(", "):
+            term = re.compile(rf"(?<![\w`-]){re.escape(name)}(?:s|es)?(?![\w`-])")
+            early = [(stem, text) for stem in texts if stem[:2] < home for text in texts[stem] if term.search(text)]
+            if early and not re.search(rf"glossary\.md|\({home}_", early[0][1]):
+                found.append(f"{name}: {early[0][0]}, explained in {home}")
+    return found
+
+
+def reading(targets: Targets) -> None:
+    """Counts of what the notebooks ask, answer and say."""
+    cells = course()
+    asked = [answer for part in cells.values() for _, answer in questions(part) if answer]
+    targets.add("questions", len(asked))
+    targets.add("worked", sum(bool(worked(part)) for part in cells.values()))
+    code = ["".join(c["source"]) for part in cells.values() for c in part if c["cell_type"] == "code"]
+    targets.add("hard_wired", sum(len(hard_wired(source)) for source in code))
+    targets.add("undefined", len(undefined()))
+    targets.add("readme_lines", len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()))
+
+
 def main(
-    only_explorer: Annotated[bool, typer.Option("--explorer", help="the explorer alone; nothing is written")] = False,
+    only_reading: Annotated[
+        bool, typer.Option("--reading", help="count questions, answers, sentences: a second")
+    ] = False,
+    only_assignments: Annotated[bool, typer.Option("--assignments", help="the assignments' checks alone")] = False,
 ) -> None:
-    """Measure what the course costs a reader's machine."""
+    """Measure what the course costs a reader's machine, what its checks are worth, what its notebooks ask."""
+    if not only_assignments:
+        counted = Targets("course", READING_GOALS, "python benchmarks/course.py --reading")
+        reading(counted)
+        counted.show()
+        counted.write()
+    if not only_reading:
+        assignments()
+    if only_assignments or only_reading:
+        return
     targets = Targets("course", GOALS, "make course-targets")
-    explorer(targets)
-    if not only_explorer:
-        browser(targets)
-        notebooks(targets)
-        book(targets)
-        targets.write()
+    notebooks(targets)
+    book(targets)
+    targets.write()
     targets.show()
 
 

@@ -31,7 +31,7 @@ from mfdiff_lite.phantom import Randomisation, VirtualPatient, ellipsoid, free_p
 from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
-from results import DOSE, RESULTS, Targets, write_json, write_readme
+from results import DOSE, RESULTS, Targets, write_json
 
 CONTRASTS = {6: 1.0, 8: 0.6, 10: 0.4, 15: 0.2}  # mm across -> |activity / background - 1|
 DOSES = (1, 2, 4, 8, 20)  # dose-reduction factors of the plain images
@@ -173,7 +173,7 @@ def picture(found: dict) -> None:
     figure.savefig(RESULTS / "detection.png", dpi=100)
 
 
-def readme_block(found: dict) -> str:
+def table_block(found: dict) -> str:
     """AUC by size and method, and the equivalent dose."""
     sizes = [*map(str, CONTRASTS), "all"]
     heads = [f"{size} mm" if size != "all" else "all sizes" for size in sizes]
@@ -222,7 +222,7 @@ def main(
         "equivalent_dose": {name: equivalent_dose(row["mean"], curve) for name, row in overall.items()},
     }
     found["setting"]["weights"] = model.card.get("rounded_from", model.fingerprint)
-    print(readme_block(found))
+    print(table_block(found))
     targets = Targets("detect", GOALS, "make detection")
     report(found, targets)
     targets.show()
@@ -231,7 +231,6 @@ def main(
     write_json("detection.json", found)
     targets.write()
     picture(found)
-    write_readme(readme_block(found), "detection")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from mfdiff_lite.evaluation import audit_mr, evaluate, mr_conditions, summarise
 from mfdiff_lite.look import panel
 from mfdiff_lite.model import START, STEPS, MFdiff, Restoration, load_pretrained
 from mfdiff_lite.scan import Scan
-from results import DOSE, RESULTS, SLICES, Targets, as_table, paired, scans, write_json, write_readme
+from results import DOSE, RESULTS, SLICES, Targets, as_table, paired, scans, write_json
 
 OURS, K = "restored, mean of 8", 8
 LEVELS = (0.5, 0.8, 0.9)
@@ -186,7 +186,7 @@ def report(found: dict, targets: Targets) -> None:
     targets.add("other_mr", *metrics.mean_ci(lost))
 
 
-def readme_block(found: dict) -> str:
+def table_block(found: dict) -> str:
     """Three tables: methods by what they keep and bend, the MR audit of the model, and its samplers."""
     table, extra, audited = found["table"]["summary"], found["by_size_and_region"], found["audit"]["summary"]
     n, patients = len(found["table"]["patients"]), len(found["audit"]["patients"])
@@ -281,7 +281,6 @@ def main(
         return
     write_json("evidence.json", found)
     targets.write()
-    write_readme(readme_block(found), "evidence")
     audit_picture(model, cases[0])
     reliability_picture(spread, scale)
 

@@ -1,5 +1,4 @@
-"""Measure every number and figure of the README again: `make results` (about 10 minutes on 2 cores; `--quick` for a
-look).
+"""Measure the shipped weights on test patients: `make results` (about 10 minutes on 2 cores; `--quick` for a look).
 
 Writes results/*.json, results/*.png and the rows of group "restore" in results/targets.json. Anything tuned is tuned on
 the validation anatomy; the test anatomy is touched once, with those values.
@@ -80,7 +79,7 @@ def scans(
 
 
 def second_spet(scan: Scan, shift: str | None) -> np.ndarray:
-    """Another standard-dose image of the same patient of `scans`, for the ceiling."""
+    """Another standard-dose image of the same patient of `scans`: how well two of them agree."""
     anatomy, _, seed = scan.name.rpartition("-")
     slices = scan.lpet.shape[2]
     patient = virtual_patient(load_anatomy(anatomy), int(seed), slices=slices, randomisation=LESIONS)
@@ -122,7 +121,7 @@ def measure(model, cases: list[Scan], fwhm: float, samples: int, shift: str | No
         "coarse": lambda s: once(s).coarse,
         "one sample": lambda s: once(s).samples[0],
         f"mean of {samples}": lambda s: once(s).mean,
-        "second SPET (ceiling)": lambda s: second_spet(s, shift),
+        "second SPET": lambda s: second_spet(s, shift),
     }
     return evaluate(methods, tqdm(cases, desc="restoring", unit="patient"))
 
@@ -166,7 +165,7 @@ def seconds_per_slice(model) -> float:
 
 
 def volume_cost(slices: int) -> dict[str, float]:
-    """Seconds and peak memory of restoring a volume with one sample, in a process of its own."""
+    """Wall and CPU seconds and peak memory of restoring a volume with one sample, in a process of its own."""
     code = (
         "import sys, time, resource, numpy as np\n"
         "import mfdiff_lite as mf\n"
@@ -174,13 +173,14 @@ def volume_cost(slices: int) -> dict[str, float]:
         "x = np.indices((128, 128)) - 63.5; head = ((x[0] / 38) ** 2 + (x[1] / 46) ** 2 < 1)[..., None]\n"
         "lpet = (rng.gamma(2, 5, (128, 128, n)) * head).astype('float32')\n"
         "mr = (rng.random((128, 128, n)) * head).astype('float32')\n"
-        "model = mf.load_pretrained('cpu'); began = time.perf_counter()\n"
+        "model = mf.load_pretrained('cpu'); began = time.perf_counter(), time.process_time()\n"
         "model.restore(mf.Scan(lpet, mr), n_samples=1)\n"
-        "print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
+        "print(time.perf_counter() - began[0], time.process_time() - began[1],\n"
+        "      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(slices)], capture_output=True, text=True, check=True)
-    seconds, gigabytes = map(float, done.stdout.split())
-    return {"slices": slices, "seconds": seconds, "peak_gb": gigabytes}
+    seconds, of_cpu, gigabytes = map(float, done.stdout.split())
+    return {"slices": slices, "seconds": seconds, "cpu_seconds": of_cpu, "peak_gb": gigabytes}
 
 
 def measure_cost(model, targets: Targets) -> list[dict[str, float]]:
@@ -317,8 +317,8 @@ def fidelity_picture(chosen: dict) -> None:
     figure.savefig(RESULTS / "fidelity.png", dpi=100, bbox_inches="tight")
 
 
-def readme_block(tables: dict, setting: dict) -> str:
-    """The README's tables, in Markdown: mean over patients and 95 % interval."""
+def table_block(tables: dict, setting: dict) -> str:
+    """The tables of docs/results.md, in Markdown: mean over patients and 95 % interval."""
     columns = {key: name for key, name in COLUMNS.items() if key != "nrmse"}
     lines = []
     for scanner, table in tables.items():
@@ -337,13 +337,6 @@ def readme_block(tables: dict, setting: dict) -> str:
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
             lines.append("")
     return "\n".join(lines)
-
-
-def write_readme(block: str, name: str = "results") -> None:
-    """Replace what stands between the README's marks of this name."""
-    path, start, end = RESULTS.parent / "README.md", f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    before, rest = path.read_text().split(start)
-    path.write_text(f"{before}{start}\n{block}{end}{rest.split(end)[1]}")
 
 
 def as_table(title: str, summary: dict) -> Table:
@@ -401,7 +394,6 @@ def main(
     threads = torch.get_num_threads()
     write_json("restore.json", {"setting": setting, "tables": tables, "cost": costs, "torch_threads": threads})
     write_json("validation.json", chosen)
-    write_readme(readme_block(tables, setting))
 
 
 def check_stored(model, tolerance: float = 0.05) -> None:

@@ -17,9 +17,11 @@ _PUBLIC = {
     "readers.brainweb": ["list_anatomies", "load_anatomy"],
     "phantom": ["Lesion", "Randomisation", "VirtualPatient", "virtual_patient"],
     "scan": ["Scan"],
-    "files": ["load_scan", "save_volume"],
+    "files": ["load_example", "load_scan", "save_volume"],
     "readers.frames": ["short_frame_scan"],
+    "readers.register": ["register"],
     "view": ["ModelView"],
+    "checks": ["Finding", "check_result", "check_scan"],
     "scanner": ["Scanner", "Sinogram"],
     "cohort": ["make_cohort"],
     "diffusion": ["NoiseSchedule", "diffuse", "sample"],
@@ -28,7 +30,8 @@ _PUBLIC = {
     "stage1": ["train_stage1"],
     "stage2": ["adapt", "train_stage2"],
     "evaluation": ["compare", "evaluate"],
-    "look": ["explore"],
+    "look": ["explore", "knobs"],
+    "notebook": ["start_notebook"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)  # noqa: PLE0605

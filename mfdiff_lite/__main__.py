@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from . import __version__
+from .config import LARGEST_SEED
 
 if TYPE_CHECKING:
+    from .checks import Finding
     from .loop import TrainingState
     from .model import MFdiff, Restoration
     from .scan import Scan
@@ -43,14 +45,25 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 DoseReduction = Annotated[
     float | None,
     typer.Option(
-        help="dose-reduction factor: standard-dose counts / counts of the LPET, at least 1; without it 20 is assumed"
+        help="dose-reduction factor: standard-dose counts / counts of the LPET, 1 to 200 (learned: 4 to 100); without "
+        "it 20 is assumed"
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="replace output files that exist")]
+Force = Annotated[bool, typer.Option("--force", help="replace output files that exist; go on where a check refuses")]
+Quality = Annotated[
+    str,
+    typer.Option(
+        help="fast: the coarse estimate, no samples; standard: mean and SD of 8; full: of 32, single precision"
+    ),
+]
 Mr = Annotated[
     Path | None,
     typer.Option(help="MR of the same head, registered to the PET; any grid; without it the PET alone is used"),
 ]
+Register = Annotated[bool, typer.Option("--register", help="move the MR rigidly to the PET first (extra `register`)")]
+Frame = Annotated[int | None, typer.Option(help="one frame, from 0, of a dynamic PET")]
+Frames = Annotated[str | None, typer.Option(help="'mean': of all frames of a dynamic PET, by their durations")]
+Suv = Annotated[bool, typer.Option("--suv", help="activities as SUV; weight, dose and times are the sidecar's")]
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +74,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                function(*args, **kwargs)
+                function(*args, **{k: v.expanduser() if isinstance(v, Path) else v for k, v in kwargs.items()})
             for message in dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning):
                 _say(f"warning: {message}")
         except typer.Exit:
@@ -102,10 +115,10 @@ def _main(show_version: Annotated[bool, typer.Option("--version", help="version 
 # --- what several commands ask -----------------------------------------------------------------------------------
 
 
-def _at_least(low: int, **options: int | None) -> None:
+def _between(low: int, high: int, **options: int | None) -> None:
     for name, value in options.items():
-        if value is not None and value < low:
-            raise ValueError(f"--{name}: expected at least {low}, found {value}")
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name}: expected {low} to {high}, found {value}")
 
 
 def _ready(outputs: list[Path | None], inputs: list[Path | None], force: bool) -> None:
@@ -143,7 +156,7 @@ def _ready_for_folder(path: Path) -> None:
 
 def _known_dose(dose_reduction: float | None) -> float | None:
     if dose_reduction is not None and math.isnan(dose_reduction):
-        raise ValueError("dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found nan")
+        raise ValueError("dose_reduction: expected SPET counts / LPET counts, 1 to 200, found nan")
     return dose_reduction
 
 
@@ -195,12 +208,15 @@ def _followed(
 
 @_command
 def restore(
-    lpet: Annotated[Path, typer.Option(help="low-dose PET, 3-D NIfTI, any orientation and voxel size")],
+    lpet: Annotated[Path, typer.Option(help="low-dose PET: 3-D NIfTI, any orientation, any voxel size, or DICOM")],
     out: Annotated[Path, typer.Option(help="the restored PET, on the grid and in the unit of the LPET")],
     mr: Mr = None,
     std: Annotated[Path | None, typer.Option(help="also write the voxel-wise SD of the samples")] = None,
     dose_reduction: DoseReduction = None,
-    samples: Annotated[int, typer.Option(help="samples to average; 1 is fastest, 8 gives mean and SD")] = 8,
+    quality: Quality = "standard",
+    samples: Annotated[
+        int | None, typer.Option(help="samples to average; default: as many as the quality says")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="sampler steps; default 6")] = None,
     fidelity: Annotated[
         float | None, typer.Option(help="0 to 1, pull towards the measured LPET: more lesion contrast, more noise")
@@ -208,45 +224,128 @@ def restore(
     weights: Annotated[Path | None, typer.Option(help="weights of `train`; default: the shipped ones")] = None,
     seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
     device: Device = "auto",
-    report: Annotated[Path | None, typer.Option(help="also write an HTML page with pictures")] = None,
+    report: Annotated[Path | None, typer.Option(help="also write an HTML page to look at and to send")] = None,
+    spet: Annotated[Path | None, typer.Option(help="standard-dose PET, only shown and compared in the report")] = None,
     adapt_first: Annotated[bool, typer.Option("--adapt", help="stage 2 first: adapt to this scan, minutes")] = False,
+    register: Register = False,
+    frame: Frame = None,
+    frames: Frames = None,
+    suv: Suv = False,
     force: Force = False,
 ) -> None:
     """Restore a low-dose PET, with the help of an MR of the same head if there is one."""
     from tqdm import tqdm
 
-    from .files import load_scan, save_volume
+    from .checks import check_result, check_scan, speak
+    from .record import record_path
 
+    chosen = _chosen(quality, samples)
+    _fitting(out, std, spet, report, chosen["n_samples"])
+    _between(0, LARGEST_SEED, seed=seed)
+    _ready([out, record_path(out), std, report], [lpet, mr, spet, weights], force)
+    with _kept_warnings() as hints:
+        scan = _scan(lpet, mr, spet, dose_reduction, frame, frames, suv, register)
+        found = check_scan(scan)
+        speak([one for one in found if one.severity == "refuse" and not force])  # `restore` warns of the others
+    model = _model(weights, device)
+    if adapt_first:
+        model = _adapted(model, scan, device)
+    chosen |= {key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None}
+    progress = functools.partial(tqdm, desc="restoring", unit="slice", disable=None)
+    began = time.monotonic()
+    with _kept_warnings() as more:
+        restored = model.restore(scan, seed=seed, progress=progress, **chosen)
+        seconds = time.monotonic() - began
+        speak(after := check_result(scan, restored), force=True)
+    sources = {"lpet": lpet, "mr": mr, "weights": weights}
+    written = _saved(out, std, sources, scan, restored, model, found + after, force)
+    if report is not None:
+        lines = _files_lines({"LPET": lpet, "MR": mr, "SPET": spet, "restored": out, "SD": std})
+        lines |= {"unit": scan.unit, "dose reduction": f"{scan.dose_reduction:g}", **restored.settings}
+        lines |= {"weights": _weights_line(model, weights), "seconds": f"{seconds:.1f}"}
+        written.append(_report(report, scan, restored, lines, hints + more, force))
+    print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
+    for path in written:
+        print(f"wrote {path}")
+
+
+def _fitting(out: Path, std: Path | None, spet: Path | None, report: Path | None, samples: int) -> None:
+    """Refuse outputs that nothing could be written to, or that ask for what is not there."""
     if std is not None and samples < 2:
         raise ValueError(
             f"--std: expected --samples of at least 2, found {samples}; raise --samples or leave out --std"
         )
-    _at_least(0, seed=seed)
+    if spet is not None and report is None:
+        raise ValueError("--spet: expected --report with it, found none; the standard-dose PET is for the report alone")
     for path in (out, std):
         if path is not None and not path.name.endswith((".nii", ".nii.gz")):
             raise ValueError(f"{path}: expected a name that ends in .nii.gz or .nii; rename the output")
-    _ready([out, std, report], [lpet, mr, weights], force)
-    scan = load_scan(lpet, mr, dose_reduction=_known_dose(dose_reduction))
-    model = _model(weights, device)
-    if adapt_first:
-        model = _adapted(model, scan, device)
-    chosen: dict[str, Any] = {
-        key: value for key, value in {"steps": steps, "fidelity": fidelity}.items() if value is not None
+
+
+def _chosen(quality: str, samples: int | None) -> dict[str, Any]:
+    """Arguments of `MFdiff.restore` for a quality, and for another number of samples."""
+    from .model import QUALITIES
+
+    if quality not in QUALITIES:
+        raise ValueError(f"--quality: expected one of {', '.join(QUALITIES)}, found {quality!r}")
+    return QUALITIES[quality] | ({} if samples is None else {"n_samples": samples})
+
+
+def _scan(
+    lpet: Path,
+    mr: Path | None,
+    spet: Path | None,
+    dose_reduction: float | None,
+    frame: int | None,
+    frames: str | None,
+    suv: bool,
+    register: bool,
+) -> Scan:
+    """The scan of the options that name files."""
+    from .files import load_scan
+
+    if frames not in (None, "mean") or None not in (frame, frames):
+        raise ValueError("--frames: expected 'mean', or --frame and a number, found neither or both; give one of them")
+    if register and mr is None:
+        raise ValueError("--register: expected an MR to move, found none; name it with --mr, or leave out --register")
+    at_once = None if register else mr
+    chosen = frames if frame is None else frame
+    scan = load_scan(lpet, at_once, spet, dose_reduction=_known_dose(dose_reduction), frames=chosen, suv=suv)
+    if not register:
+        return scan
+    from .readers.register import register as moved
+
+    done = moved(scan, mr)  # type: ignore[arg-type]  # there is one
+    print(f"registered {mr}: moved by {done.distance:.1f} mm and {done.angle:.1f} degrees")
+    return done.scan
+
+
+def _saved(
+    out: Path,
+    std: Path | None,
+    sources: dict[str, Path | None],
+    scan: Scan,
+    restored: Restoration,
+    model: MFdiff,
+    findings: list[Finding],
+    force: bool,
+) -> list[Path]:
+    """Write the images, and beside the first what it was made from."""
+    from .files import save_volume
+    from .record import write_record
+
+    details = {
+        "Units": scan.unit,
+        "DoseReduction": scan.dose_reduction,
+        "Settings": restored.settings,
+        "Weights": {"fingerprint": model.fingerprint, "card": model.card},
     }
-    progress = functools.partial(tqdm, desc="restoring", unit="slice", disable=None)
-    began = time.monotonic()
-    restored = model.restore(scan, samples, seed=seed, progress=progress, **chosen)
-    seconds = time.monotonic() - began
-    written = [save_volume(out, restored.mean, scan, force)]
+    said = "low-dose PET restored towards the standard dose; for teaching and research, not a medical device"
+    count = restored.settings["n_samples"]
+    written = [save_volume(out, restored.mean, scan, force, f"mfdiff_lite: mean of {count} samples")]
     if std is not None:
-        written.append(save_volume(std, restored.std, scan, force))
-    if report is not None:
-        lines = {"LPET": lpet, "MR": mr or "none", "restored": out, "dose reduction": f"{scan.dose_reduction:g}"}
-        lines |= {"weights": _weights_line(model, weights), **restored.settings, "seconds": f"{seconds:.1f}"}
-        written.append(_report(report, scan, restored, lines, force))
-    print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
-    for path in written:
-        print(f"wrote {path}")
+        written.append(save_volume(std, restored.std, scan, force, f"mfdiff_lite: SD of {count} samples"))
+    return [*written, write_record(out, said, sources, findings, details, __version__, sys.argv[1:], force)]
 
 
 def _adapted(model: MFdiff, scan: Scan, device: str) -> MFdiff:
@@ -258,13 +357,115 @@ def _adapted(model: MFdiff, scan: Scan, device: str) -> MFdiff:
     return last.model
 
 
-def _report(path: Path, scan: Scan, restored: Restoration, lines: dict[str, Any], force: bool) -> Path:
+@contextlib.contextmanager
+def _kept_warnings() -> Iterator[list[str]]:
+    """The sentences of the warnings inside the block, which are warned of all the same."""
+    sentences: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield sentences
+    for one in caught:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        sentences += [str(one.message)] if one.category is UserWarning else []
+
+
+def _files_lines(files: dict[str, Path | None]) -> dict[str, str]:
+    from .look.report import checksum
+
+    return {what: f"{path} (SHA-256 {checksum(path)}...)" if path else "none" for what, path in files.items()}
+
+
+def _report(
+    path: Path, scan: Scan, restored: Restoration, lines: dict[str, Any], hints: list[str], force: bool
+) -> Path:
+    from .evaluation import compare
     from .files import whole_file
     from .look import report_html
+    from .revision import code_revision
 
+    made = time.strftime("%Y-%m-%d %H:%M")
+    lines |= {"command": " ".join(["mfdiff", *sys.argv[1:]]), "date": made}
+    lines |= {"version": f"{__version__} (revision {code_revision()})"}
+    table = None if scan.spet is None else compare(scan, restored)
     with whole_file(path, force) as partial:
-        partial.write_text(report_html(scan, restored, {key: str(value) for key, value in lines.items()}), "utf-8")
+        partial.write_text(report_html(scan, restored, lines, table, hints), "utf-8")
     return path
+
+
+@_command
+def restore_all(
+    cases: Annotated[
+        Path,
+        typer.Argument(
+            help="a CSV table with columns lpet and, as known, mr, dose_reduction, name; or a folder: cases of "
+            "`simulate`, or BIDS"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="folder for NAME.nii.gz of each case; what is there already is skipped")],
+    dose_reduction: DoseReduction = None,
+    quality: Quality = "standard",
+    weights: Annotated[Path | None, typer.Option(help="weights of `train`; default: the shipped ones")] = None,
+    share: Annotated[str, typer.Option(help="i/n: every n-th case from the i-th, from 0, for n processes")] = "0/1",
+    device: Device = "auto",
+) -> None:
+    """Restore many cases one after the other; go on after a failure, and end with a summary."""
+    from .readers.cases import find_cases
+
+    index, count = _share(share)
+    _chosen(quality, None)
+    _ready_for_folder(out)
+    mine = find_cases(cases)[index::count]
+    out.mkdir(parents=True, exist_ok=True)
+    skipped, failed = 0, []
+    for number, case in enumerate(mine, start=1):
+        target = out / f"{case.name}.nii.gz"
+        if target.exists():  # a file is written whole or not at all
+            skipped += 1
+            continue
+        print(f"{number} of {len(mine)}: {case.name}")
+        try:
+            dose = dose_reduction if case.dose_reduction is None else case.dose_reduction
+            restore(case.lpet, target, case.mr, dose_reduction=dose, quality=quality, weights=weights, device=device)
+        except typer.Exit as error:  # its sentence is said already
+            if error.exit_code == 130:
+                raise
+            failed.append(case.name)
+    print(f"{len(mine) - skipped - len(failed)} restored into {out}, {skipped} there already, {len(failed)} failed")
+    if failed:
+        _stop(f"{cases}: expected to restore every case, failed on {', '.join(failed)}; see above, then repeat", 2)
+
+
+def _share(share: str) -> tuple[int, int]:
+    index, _, count = share.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--share: expected i/n with i from 0 to n - 1, e.g. 0/2, found {share!r}")
+    return int(index), int(count)
+
+
+# --- view --------------------------------------------------------------------------------------------------------
+
+
+@_command
+def view(
+    images: Annotated[list[Path], typer.Argument(help="NIfTI files; the first one's grid is the grid of all")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("view.html"),
+    unit: Annotated[str, typer.Option(help="unit of the images")] = "input unit",
+    force: Force = False,
+) -> None:
+    """Write a page to look at images with: all planes, one window, values, comparing. It needs no network.
+
+    A file whose name begins with mr, sd or gate has a window of its own, as MR, SD or gate.
+    """
+    from .look import explore
+
+    _ready([out], list(images), force)
+    names = [path.name.removesuffix(".gz").removesuffix(".nii") for path in images]
+    if len(set(names)) < len(names):
+        raise ValueError(f"view: expected files of different names, found {', '.join(names)}; rename one")
+    known = {"lpet": "LPET", "spet": "SPET", "mr": "MR", "sd": "SD", "std": "SD"}
+    given = {known.get(name.lower(), name): path for name, path in zip(names, images, strict=True)}
+    page = explore(given, unit=unit).save(out, force)
+    print(f"wrote {page}; open it in a browser: {page.resolve().as_uri()}")
 
 
 # --- simulate ----------------------------------------------------------------------------------------------------
@@ -279,7 +480,7 @@ def simulate(
         str, typer.Option(help="an anatomy that `info` lists: embedded, or of BrainWeb once fetched")
     ] = "icbm152",
     seed: Annotated[int, typer.Option(help="number of the virtual patient")] = 0,
-    dose_reduction: Annotated[float, typer.Option(help="dose-reduction factor, at least 1")] = 20.0,
+    dose_reduction: Annotated[float, typer.Option(help="dose-reduction factor, 1 to 200")] = 20.0,
     shift: Annotated[
         str | None, typer.Option(help="OOD emulation that `info` lists, e.g. edge-scanner; + joins two")
     ] = None,
@@ -292,8 +493,8 @@ def simulate(
     from .readers.brainweb import load_anatomy
     from .scanner import Scanner
 
-    _at_least(1, slices=slices)
-    _at_least(0, seed=seed)
+    _between(1, 500, slices=slices)
+    _between(0, LARGEST_SEED, seed=seed)
     held = [out / f"{name}.nii.gz" for name in SIMULATED if (out / f"{name}.nii.gz").exists()]
     if held and not force:
         raise FileExistsError(f"{held[0]}: exists already; choose another --out or pass --force to replace it")
@@ -440,6 +641,7 @@ def adapt(
     force: Force = False,
 ) -> None:
     """Stage 2: adapt the weights to one scan of a scanner never seen (minutes), without a standard-dose image."""
+    from .checks import check_scan, speak
     from .config import load_adaptation
     from .files import load_scan
     from .model import save_model
@@ -454,6 +656,7 @@ def adapt(
         raise ValueError(f"objective: expected one, found --objective {objective} and objective={chosen.objective}")
     _ready([out, out.with_suffix(".json")], [lpet, mr, half_a, half_b, spet, weights], force)
     scan = load_scan(lpet, mr, spet, _known_dose(dose_reduction), half_paths=(half_a, half_b))
+    speak(check_scan(scan), force)
     parent, run = _model(weights, device), out.with_suffix(".run")
     states = train_stage2(parent, scan, settings=chosen, out=run, resume=resume, device=device)
     for state in _followed(states, "stage 2", _gain, f"the same command and --resume ({run} holds it)"):
@@ -487,8 +690,15 @@ def _gain(state: TrainingState) -> str:
 
 
 @_command
-def info() -> None:
-    """Check the environment; versions, device, anatomies, shifts, the shipped weights' card, the data found."""
+def info(
+    lpet: Annotated[Path | None, typer.Option(help="say instead what the checks find about this low-dose PET")] = None,
+    mr: Mr = None,
+    dose_reduction: DoseReduction = None,
+) -> None:
+    """Check the environment; versions, device, anatomies, shifts, the shipped weights' card, the data found. Or, with
+    --lpet, check a scan."""
+    if lpet is not None:
+        return _print_findings(_scan(lpet, mr, None, dose_reduction, None, None, False, False))
     problems = _missing_packages()
     if problems:  # before anything is imported that needs them
         _stop(f"environment: {'; '.join(problems)}", 2)
@@ -514,6 +724,13 @@ def info() -> None:
     print(f"shipped weights: {json.dumps(card, indent=1)}")
     print(f"validation at the last step: {model.card['validation_psnr_db'][-1]}")
     print("environment: complete, every package in the range of versions that is asked for")
+
+
+def _print_findings(scan: Scan) -> None:
+    from .checks import check_scan
+
+    for one in check_scan(scan):
+        print(f"{one.severity:>6}  {one.name}: {one.value:.3g} (limit {one.threshold:.3g}) {one.sentence}".rstrip())
 
 
 def _cache_line() -> str:

@@ -18,11 +18,13 @@ OBJECTIVES = ("split", "sure", "paired")  # of stage 2
 SIDE = 32  # the sides of what the model sees are multiples of this [pixels]
 SCALES = 3  # of the fusion module at most: each halves the image, and its windows must fit into SIDE
 GROUPS = 8  # of the group normalisation: widths are multiples of it
+MOST_STEPS = 10_000_000
+LARGEST_SEED = 2**32 - 1
 LOWEST_HEAD = 48  # slices of the smallest embedded head, which a slab must fit into
 FWHM_TO_SD = 1 / math.sqrt(8 * math.log(2))  # full width at half maximum of a Gaussian -> its standard deviation
 
 
-def within(default: typing.Any, low: float, high: float = math.inf) -> typing.Any:
+def within(default: typing.Any, low: float, high: float) -> typing.Any:
     """A dataclass field whose value, or each of whose values, lies in [low, high]; `check` holds it to that."""
     return dataclasses.field(default=default, metadata={"range": (low, high)})
 
@@ -42,8 +44,7 @@ def check(settings: typing.Any) -> None:
             low, high = field.metadata["range"]
             found = value if isinstance(value, tuple) else (value,)
             if not all(low <= v <= high and math.isfinite(v) for v in found):
-                limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-                raise ValueError(f"{field.name}: expected {limits}, found {value}")
+                raise ValueError(f"{field.name}: expected {low:.10g} to {high:.10g}, found {value}")
 
 
 @dataclass(frozen=True)
@@ -51,32 +52,34 @@ class Profile:
     """Everything that decides a run of stage 1. Lengths of lists of patients, slices and steps; see each line."""
 
     name: str
-    seed: int = within(0, 0)
+    seed: int = within(0, 0, LARGEST_SEED)
     # cohort
-    patients: int = within(320, 1)  # virtual patients to train on, spread over TRAIN_ANATOMIES
-    validation_patients: int = within(6, 1)
+    patients: int = within(320, 1, 100_000)  # virtual patients to train on, spread over TRAIN_ANATOMIES
+    validation_patients: int = within(6, 1, 10_000)
     slab: int = within(16, 1, LOWEST_HEAD)  # axial slices of each
-    doses: int = within(2, 1)  # low-dose reconstructions of each, dose reduction drawn from `dose_range`
-    dose_range: tuple[float, float] = within((4.0, 100.0), 1)
+    doses: int = within(2, 1, 100)  # low-dose reconstructions of each, dose reduction drawn from `dose_range`
+    dose_range: tuple[float, float] = within((4.0, 100.0), 1, 200)
     # model
     fusion: str = one_of("gated", FUSIONS)  # or a baseline in its place: "concat" (one encoder), "pet" (no MR)
     fusion_widths: tuple[int, ...] = within((32, 64, 128), GROUPS, 4096)
     denoiser_widths: tuple[int, ...] = within((32, 64, 128), GROUPS, 4096)  # empty: no diffusion, a regression U-Net
-    context: int = within(5, 1)  # neighbouring slices of each modality that the fusion module sees
+    context: int = within(5, 1, LOWEST_HEAD)  # neighbouring slices of each modality that the fusion module sees
     # stage 1
-    steps: int = within(6500, 1)
-    batch: int = within(8, 1)
-    accumulate: int = within(1, 1)  # parts of a batch, worked on one after the other: less memory, the same result
+    steps: int = within(6500, 1, MOST_STEPS)
+    batch: int = within(8, 1, 4096)
+    accumulate: int = within(
+        1, 1, 4096
+    )  # parts of a batch, worked on one after the other: less memory, the same result
     crop: int = within(96, SIDE, 128)  # pixels
     learning_rate: float = within(8e-4, 0, 1)
-    warmup: int = within(200, 0)
+    warmup: int = within(200, 0, MOST_STEPS)
     ema: float = within(0.999, 0, 1)
-    lesion_weight: float = within(8.0, 0)  # of voxels in lesions, beside 1 for the brain
+    lesion_weight: float = within(8.0, 0, 1000)  # of voxels in lesions, beside 1 for the brain
     no_mr: float = within(0.08, 0, 1)  # share of training slices without MR
     wrong_mr: float = within(0.06, 0, 1)  # ... with another patient's MR
     thin: float = within(0.1, 0, 1)  # ... from a slab thinner than `context`, its ends repeated as in restoring
-    validate_every: int = within(250, 1)
-    checkpoint_every: int = within(250, 1)
+    validate_every: int = within(250, 1, MOST_STEPS)
+    checkpoint_every: int = within(250, 1, MOST_STEPS)
 
     def __post_init__(self) -> None:
         check(self)
@@ -104,15 +107,15 @@ class Adaptation:
     """Everything that decides a run of stage 2. Unlike a `Profile` it fits any size of model."""
 
     objective: str = one_of("auto", ("auto", *OBJECTIVES))  # "auto": the best that the scan allows
-    seed: int = within(0, 0)
-    steps: int = within(100, 1)  # at most; most targets have what they get by 60
-    batch: int = within(8, 1)  # slices of the target
+    seed: int = within(0, 0, LARGEST_SEED)
+    steps: int = within(100, 1, MOST_STEPS)  # at most; most targets have what they get by 60
+    batch: int = within(8, 1, 4096)  # slices of the target
     rehearsal: float = within(0.25, 0, 8)  # slices of stage 1's patients, as a share of `batch`; 0: none
-    rehearsal_patients: int = within(20, 1)
+    rehearsal_patients: int = within(20, 1, 10_000)
     learning_rate: float = within(5e-4, 0, 10)
     ema: float = within(0.98, 0, 1)
-    validate_every: int = within(20, 1)
-    patience: int = within(4, 1)  # validations without a lower held-out loss before it stops
+    validate_every: int = within(20, 1, 10_000)
+    patience: int = within(4, 1, 10_000)  # validations without a lower held-out loss before it stops
     trained: str = one_of("specific", ("specific", "all"))  # "all" weights: for what stage 2 is compared with
 
     def __post_init__(self) -> None:

@@ -6,6 +6,8 @@ No raw MR enters here: whatever MR contributes has passed the gate of the fusion
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,9 +30,26 @@ class ConditionalUNet(nn.Module):
         self.head = zero_head(widths[0])
 
     def forward(self, xt: Tensor, time: Tensor, lpet: Tensor, feature: Tensor, dose_reduction: Tensor) -> Tensor:
+        images = torch.cat([F.pixel_unshuffle(xt, 2), F.pixel_unshuffle(lpet, 2), feature], dim=1)
+        return self._velocity(self.encoder.enter(images), time, dose_reduction)
+
+    def given(self, lpet: Tensor, feature: Tensor, dose_reduction: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """`forward` as (x_t, time) -> v under these conditions, for many times and many x_t, (B K, 1, H, W), K for each
+        slice: a convolution is linear, so the first one meets LPET and feature once and only x_t in every step."""
+        enter = self.encoder.enter
+        conditions = torch.cat([F.pixel_unshuffle(lpet, 2), feature], dim=1)
+        known = F.conv2d(conditions, enter.weight[:, 4:], enter.bias, padding=1)
+
+        def denoise(xt: Tensor, time: Tensor) -> Tensor:
+            k = len(xt) // len(known)
+            entered = F.conv2d(F.pixel_unshuffle(xt, 2), enter.weight[:, :4], padding=1)
+            entered = entered + known.repeat_interleave(k, 0)  # (B K, C, H/2, W/2)
+            return self._velocity(entered, time, dose_reduction.repeat_interleave(k))
+
+        return denoise
+
+    def _velocity(self, entered: Tensor, time: Tensor, dose_reduction: Tensor) -> Tensor:
         condition = self.embed(time, dose_scalar(dose_reduction))
-        features = self.encoder(
-            torch.cat([F.pixel_unshuffle(xt, 2), F.pixel_unshuffle(lpet, 2), feature], dim=1), condition
-        )
+        features = self.encoder.levels(entered, condition)
         features[-1] = self.middle(features[-1], condition)
         return F.pixel_shuffle(self.head(F.silu(self.decoder(features, condition))), 2)

@@ -71,6 +71,14 @@ class Table:
         return "<table><tr>" + "".join(f"<th>{c}</th>" for c in head) + f"</tr>{rows}</table>"
 
 
+def beside(difference: float, unit: str = "dB", margin: float = 0.05) -> str:
+    """A signed difference in words: "0.31 dB above", "0.31 dB below", or "within 0.05 dB of" where it is not larger
+    than the margin."""
+    if abs(difference) <= margin:
+        return f"within {margin:g} {unit} of"
+    return f"{abs(difference):.2f} {unit} {'above' if difference > 0 else 'below'}"
+
+
 def written(key: str, value: float) -> str:
     """A value of the column `key` as text, with its unit where the column's title has none."""
     if not np.isfinite(value):
@@ -149,7 +157,7 @@ def named_images(restored: Any) -> dict[str, Any]:
     if not hasattr(restored, "coarse"):
         return {"restored": restored}
     k = restored.settings["n_samples"]
-    images = {"coarse": restored.coarse, "one sample": restored.samples[0]}
+    images = {"coarse": restored.coarse} | ({"one sample": restored.samples[0]} if k else {})
     return images | ({f"mean of {k} samples": restored.mean} if k > 1 else {})
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy import ndimage
 from torch import Tensor, nn
 
+from .checks import check_scan, speak
 from .config import Profile
 from .denoiser import ConditionalUNet
 from .diffusion import NoiseSchedule, diffuse, sample, velocity
@@ -37,7 +38,16 @@ from .scan import Scan
 from .view import FIDELITY_SD, ModelView
 
 STEPS, START = 6, 0.9  # sampler steps and warm start, chosen on validation patients (the start: by their spread)
+MOST_SAMPLES = 1000  # more change the third digit of mean and SD, and nothing else
+MEMORY = 8e9  # bytes that the samples of a scan may take
 FIDELITY = 0.0  # default pull towards the measured LPET (chosen likewise)
+BATCH = 8  # images that a network works on at a time in restoring: more of them do not pay on a CPU
+# What a restoration costs: "fast" one pass of the fusion module, "standard" 8 samples, "full" 32 in single precision.
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"n_samples": 0},
+    "standard": {"n_samples": 8},
+    "full": {"n_samples": 32, "precision": "float32"},
+}
 
 
 class MFdiff(nn.Module):
@@ -82,10 +92,7 @@ class MFdiff(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the weights: which weights these are, whatever file they came from."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.state_dict())
 
     # --- learning ------------------------------------------------------------------------------------------------
 
@@ -104,8 +111,11 @@ class MFdiff(nn.Module):
 
     def _denoise(self, xt: Tensor, t: Tensor, lpet: Tensor, feature: Tensor, dose: Tensor) -> Tensor:
         assert self.denoiser is not None
-        middle = lpet[:, lpet.shape[1] // 2, None]  # (B, 1, H, W)
-        return self.denoiser(xt, t / self.schedule.length, middle, feature, dose)
+        return self.denoiser(xt, t / self.schedule.length, self._middle(lpet), feature, dose)
+
+    @staticmethod
+    def _middle(slices: Tensor) -> Tensor:
+        return slices[:, slices.shape[1] // 2, None]  # (B, 1, H, W)
 
     # --- restoring -----------------------------------------------------------------------------------------------
 
@@ -122,17 +132,17 @@ class MFdiff(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Fused]:
         """Samples of scaled slices. lpet, mr: (B, context, H, W); dose: (B,); noise: (B, K, H, W), one map a sample;
-        generator: of the fresh noise of "ddpm".
+        generator: of the fresh noise of "ddpm". K = 0 draws none.
 
         Returns samples (B, K, H, W) and what the fusion module made of the slices.
         """
         fused: Fused = self.fusion(lpet, mr, dose)
         k = noise.shape[1]
-        if self.denoiser is None:
-            return repeat(fused.coarse, "b 1 h w -> b k h w", k=k), fused
-        lpets, features, doses = (repeat(x, "b ... -> (b k) ...", k=k) for x in (lpet, fused.feature, dose))
+        if self.denoiser is None or k == 0:
+            return fused.coarse.expand(-1, k, -1, -1), fused
+        denoise = self.denoiser.given(self._middle(lpet), fused.feature, dose)
         residual = sample(
-            lambda xt, t: self._denoise(xt, t, lpets, features, doses),
+            lambda xt, t: denoise(xt, t / self.schedule.length),
             rearrange(noise, "b k h w -> (b k) 1 h w"),
             self.schedule,
             steps,
@@ -152,34 +162,47 @@ class MFdiff(nn.Module):
         method: str = "dpm++",
         fidelity: float = FIDELITY,
         seed: int = 0,
+        precision: str = "auto",
         progress: Callable[[Any], Any] = lambda slices: slices,
     ) -> Restoration:
         """Restore the standard-dose image of a scan; without `scan.mr`, from PET alone.
 
-        n_samples: K samples for mean and SD; steps, start, method: see `diffusion.sample`. fidelity in [0, 1]: how much
-        of what the measured LPET says beyond noise is put back (0: the model alone; higher: more lesion contrast, more
-        noise). seed: fixes the samples, slice by slice, whatever the batch. progress: wraps the iterable of slices,
-        e.g. `tqdm`. Memory does not grow with the slices worked on. Raises ValueError for n_samples < 1, fidelity
-        outside [0, 1], steps that the sampler cannot take, or a scan whose dose reduction is not known.
+        n_samples: K samples for mean and SD; 0 draws none, and the mean is the coarse estimate: one pass of the fusion
+        module, many times as fast (see `QUALITIES`). steps, start, method: see `diffusion.sample`. fidelity in [0, 1]:
+        how much of what the measured LPET says beyond noise is put back (0: the model alone; higher: more lesion
+        contrast, more noise). seed: fixes the samples, slice by slice, whatever the batch. precision: "float32", the
+        same on all machines, or "auto": bfloat16 where the hardware multiplies it faster, which moves the result by
+        about a thousandth of the brain's mean. progress: wraps the iterable of slices, e.g. `tqdm`. Memory does not
+        grow with the slices worked on. Raises ValueError for n_samples that are out of range or do not fit into memory,
+        fidelity outside [0, 1], another precision, steps that the sampler cannot take, a scan whose dose reduction is
+        not known, and weights that give no finite result.
         """
-        if n_samples < 1:
-            raise ValueError(f"n_samples: expected at least 1, found {n_samples}")
-        if not 0 <= fidelity <= 1:
-            raise ValueError(f"fidelity: expected 0 to 1, found {fidelity}")
+        _refuse_settings(n_samples, fidelity, precision)
         self.schedule.times(steps, start)  # refuse before any work
         view = ModelView(scan, self.context)
+        _refuse_memory(n_samples, view)
         self._warn_of_repeated_slices(view)
+        if scan.sources:  # a simulated scan is what it says it is
+            speak(check_scan(scan), force=True)
         sampler = {"steps": steps, "start": start, "method": method}
         coarse, gate = np.empty_like(view.lpet), np.empty_like(view.lpet)
         samples = np.empty((n_samples, *view.shape), np.float16)
         self.eval()
-        for z in progress(range(view.shape[2])):
-            samples[..., z], coarse[..., z], gate[..., z] = self._restore_slice(view, z, n_samples, seed, sampler)
-        mean = samples.mean(0, dtype=np.float32)
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "auto" and native_bfloat16(device)):
+            slices = self._restored_slices(view, n_samples, seed, sampler)
+            for z, images in zip(progress(range(view.shape[2])), slices, strict=False):
+                samples[..., z], coarse[..., z], gate[..., z] = images
+        mean = samples.mean(0, dtype=np.float32) if n_samples else coarse
+        if not (np.isfinite(mean).all() and np.isfinite(coarse).all()):
+            raise ValueError(
+                f"{scan.name}: expected a finite result, found NaN or infinite voxels; check the weights: these may be "
+                "damaged, or not trained to the end"
+            )
         correction = fidelity * measured_beyond_noise(view.lpet - mean)
         return Restoration(
             mean=view.restored(mean + correction),
-            std=view.back(samples.std(0, dtype=np.float32) * view.scale.value),
+            std=view.back(sample_sd(samples) * view.scale.value) if n_samples else None,
             coarse=view.restored(coarse + correction),
             gate=view.back(gate),
             samples=Samples(samples, correction, view),
@@ -187,27 +210,34 @@ class MFdiff(nn.Module):
             settings={"n_samples": n_samples, **sampler, "fidelity": fidelity, "seed": seed},
         )
 
-    def _restore_slice(
-        self, view: ModelView, z: int, n_samples: int, seed: int, sampler: dict[str, Any]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One slice: samples (K, x, y), coarse estimate, the mean of the views, and gate (x, y)."""
+    def _restored_slices(
+        self, view: ModelView, n_samples: int, seed: int, sampler: dict[str, Any]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Slice after slice, worked on in batches: samples (K, x, y), coarse estimate, the mean of the views, and gate
+        (x, y)."""
         device = next(self.parameters()).device
-        seen = {key: torch.from_numpy(value).to(device) for key, value in view.slices(np.array([z])).items()}
-        noise = paired_noise(n_samples, tuple(seen["lpet"].shape[-2:]), [seed, z]).to(device)
-        fresh = torch.Generator(device).manual_seed(int(np.random.default_rng([seed, z, 1]).integers(2**62)))
         # The second, fourth, ... pair of samples sees left and right exchanged: what depends on the side averages out.
         mirrored = torch.arange(n_samples) // 2 % 2 == 1
-        residuals, coarse, gates = torch.empty_like(noise), [], []
-        for flip in [False, True] if mirrored.any() else [False]:
-            turn = (lambda image: image.flip(-2)) if flip else (lambda image: image)
-            lpet, mr, maps = turn(seen["lpet"]), turn(seen["mr"]), noise[mirrored == flip][None]
-            drawn, fused = self.restore_slices(lpet, mr, seen["dose"], maps, **sampler, generator=fresh)
-            residuals[mirrored == flip] = turn(drawn[0] - fused.coarse[0])
-            coarse.append(turn(fused.coarse[0, 0]))
-            gates.append(nn.functional.interpolate(fused.gate, scale_factor=2)[0, 0])
-        middle = torch.stack(coarse).mean(0)
-        first, second, third = (view.cut(x.cpu().numpy()) for x in (middle + residuals, middle, gates[0]))
-        return first, second, third
+        views = [False, True] if mirrored.any() else [False]
+        # Fresh noise ("ddpm") comes from a slice's own generator, so that it is the same whatever the batch.
+        size = 1 if sampler["method"] == "ddpm" else max(1, BATCH * len(views) // max(1, n_samples))
+        for first in range(0, view.shape[2], size):
+            z = np.arange(first, min(first + size, view.shape[2]))
+            seen = {key: torch.from_numpy(value).to(device) for key, value in view.slices(z).items()}
+            shape = tuple(seen["lpet"].shape[-2:])
+            noise = torch.stack([paired_noise(n_samples, shape, [seed, int(one)]) for one in z]).to(device)
+            fresh = torch.Generator(device).manual_seed(int(np.random.default_rng([seed, first, 1]).integers(2**62)))
+            residuals, coarse, gates = torch.empty_like(noise), [], []
+            for flip in views:
+                turn = (lambda image: image.flip(-2)) if flip else (lambda image: image)
+                lpet, mr, maps = turn(seen["lpet"]), turn(seen["mr"]), noise[:, mirrored == flip]
+                drawn, fused = self.restore_slices(lpet, mr, seen["dose"], maps, **sampler, generator=fresh)
+                residuals[:, mirrored == flip] = turn(drawn - fused.coarse)
+                coarse.append(turn(fused.coarse[:, 0]))
+                gates.append(nn.functional.interpolate(fused.gate.float(), scale_factor=2)[:, 0])
+            middle = torch.stack(coarse).mean(0)
+            images = (middle[:, None] + residuals, middle, gates[0])
+            yield from zip(*(view.cut(image.cpu().numpy()) for image in images), strict=True)
 
     def _warn_of_repeated_slices(self, view: ModelView) -> None:
         """Weights from before training knew thin slabs take the noise of a single, repeated slice for signal."""
@@ -221,10 +251,43 @@ class MFdiff(nn.Module):
             )
 
 
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values, as float32."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _refuse_settings(n_samples: int, fidelity: float, precision: str) -> None:
+    if not 0 <= n_samples <= MOST_SAMPLES:
+        raise ValueError(f"n_samples: expected 0 to {MOST_SAMPLES}, found {n_samples}")
+    if not 0 <= fidelity <= 1:
+        raise ValueError(f"fidelity: expected 0 to 1, found {fidelity}")
+    if precision not in ("auto", "float32"):
+        raise ValueError(f"precision: expected 'auto' or 'float32', found {precision!r}")
+
+
+def _refuse_memory(n_samples: int, view: ModelView) -> None:
+    if (needed := 2 * n_samples * view.lpet.size) > MEMORY:
+        raise ValueError(
+            f"n_samples: expected samples of at most {MEMORY / 1e9:g} GB together, found {n_samples} of "
+            f"{view.shape} voxels, {needed / 1e9:.0f} GB; take fewer, or crop the scan to the head"
+        )
+
+
 def residual_sd(dose_reduction: Tensor) -> Tensor:
     """Rough SD of SPET - coarse in scaled activity at dose-reduction factors (B,) -> (B, 1, 1, 1): makes x0 of order 1,
     and keeps the noisiest doses from ruling the loss."""
     return 0.2 * (dose_reduction[:, None, None, None] / 20) ** 0.25
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether it multiplies bfloat16 faster than float32: a GPU since 2020, a CPU with matrix units (AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    return device.type == "cpu" and bool(matrix_units())
 
 
 def paired_noise(n_samples: int, shape: tuple[int, ...], seed: list[int]) -> Tensor:
@@ -232,6 +295,11 @@ def paired_noise(n_samples: int, shape: tuple[int, ...], seed: list[int]) -> Ten
     faster than K free draws."""
     half = np.random.default_rng(seed).standard_normal(((n_samples + 1) // 2, *shape), dtype=np.float32)
     return torch.from_numpy(rearrange(np.stack([half, -half]), "sign k h w -> (k sign) h w")[:n_samples].copy())
+
+
+def sample_sd(samples: np.ndarray) -> np.ndarray:
+    """SD over the K samples, (K, ...) -> (...), with K - 1 in the denominator; zero where one sample says nothing."""
+    return samples.std(0, dtype=np.float32, ddof=1) if len(samples) > 1 else np.zeros(samples.shape[1:], np.float32)
 
 
 def measured_beyond_noise(residual: np.ndarray) -> np.ndarray:
@@ -259,8 +327,9 @@ class Samples(Sequence[Any]):
 
 @dataclass(frozen=True, eq=False)
 class Restoration:
-    """What came out, in the kind, shape and unit of the scan's LPET. mean, std: of the K samples; coarse: the fusion
-    head's estimate; gate: how much MR was let in, [0, 1]; samples: single samples, made when asked for."""
+    """What came out, in the kind, shape and unit of the scan's LPET. mean, std: of the K samples; without samples the
+    mean is the coarse estimate and std is None. coarse: the fusion head's estimate; gate: how much MR was let
+    in, [0, 1]; samples: single samples, made when asked for."""
 
     mean: Any
     std: Any
@@ -276,9 +345,9 @@ def save_model(model: MFdiff, path: str | Path, card: dict[str, Any], force: boo
     the shipped ones are. Without `force` neither file is replaced."""
     path = Path(path)
     refuse_to_write(path.with_suffix(".json"), force)
-    card = {**card, "model": model.settings, "parameters": model.n_parameters}
     kind = torch.float16 if half else torch.float32
     tensors = {name: value.detach().cpu().to(kind).contiguous() for name, value in model.state_dict().items()}
+    card = {**card, "model": model.settings, "parameters": model.n_parameters, "weights_sha256": fingerprint(tensors)}
     with whole_file(path, force) as partial:
         save_file(tensors, partial, metadata={"card": json.dumps(card)})
     with whole_file(path.with_suffix(".json"), force) as partial:
@@ -298,8 +367,16 @@ def load_model(path: str | Path, device: str = "auto") -> MFdiff:
         with safe_open(path, "pt") as stored:
             card = json.loads((stored.metadata() or {})["card"])
             tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+        with torch.device("meta"):  # a damaged card must not fill the memory
+            expected = {name: value.shape for name, value in MFdiff(**card["model"]).state_dict().items()}
+        if expected != {name: value.shape for name, value in tensors.items()}:
+            raise ValueError("weights of another shape than its card says")
         model = MFdiff(**card["model"])
         model.load_state_dict(tensors)
+        if not all(bool(value.isfinite().all()) for value in tensors.values()):
+            raise ValueError("weights that are NaN or infinite")
+        if card.get("weights_sha256", model.fingerprint) != model.fingerprint:
+            raise ValueError("other weights than its card says")
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ValueError(
@@ -313,6 +390,15 @@ def load_model(path: str | Path, device: str = "auto") -> MFdiff:
 def load_pretrained(device: str = "auto") -> MFdiff:
     """The model that ships with the package (stage 1, `cpu` profile)."""
     return load_model(str(files("mfdiff_lite") / "weights" / "stage1.safetensors"), device)
+
+
+def training_runs(card: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cards of all training runs behind weights, the first run first: a run that began with other weights holds
+    their card."""
+    runs = [card]
+    while "started_from" in runs[0]:
+        runs.insert(0, runs[0]["started_from"]["card"])
+    return runs
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -52,7 +52,7 @@ class Randomisation:
     size: Range = within((0.92, 1.08), 0.5, 1.08)  # of the head, each axis; larger ones leave the field of view
     bend: Range = within((1.0, 4.0), 0, 20)  # SD of the displacement with 40 mm correlation length
     folding: Range = within((0.3, 1.5), 0, 5)  # SD of the displacement with 14 mm correlation length
-    white_activity: Range = within((2.5, 8.0), 0.01)  # kBq/mL
+    white_activity: Range = within((2.5, 8.0), 0.01, 1e6)  # kBq/mL
     grey_to_white: Range = within((2.0, 5.5), 0.01, 100)
     regional_sd: Range = within((0.04, 0.14), 0, 1)  # between named regions, half of it shared by both hemispheres
     atrophy: float = within(0.0, 0, 10)  # width of grey and white matter lost wherever they border on CSF or outside

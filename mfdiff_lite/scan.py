@@ -7,16 +7,21 @@ A `Scan` keeps the orientation that it came in; only `view.ModelView` turns it i
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 from .phantom import Lesion
 
 ArrayLike = Any  # a NumPy array or a torch tensor, a slice (X, Y) or a volume (X, Y, Z)
 VOXEL_LIMITS = (0.4, 10.0)  # mm; outside them the header is more likely wrong than the scanner
+DOSE_LIMITS = (1.0, 200.0)  # beyond, somebody gave counts for a ratio (training: 4 to 100)
+MOST_NEGATIVE = 0.2  # share of the activity below 0 that noise and ringing reach; offsets and z-scores reach more
+HOLES = 0.005  # of the voxels with a value: NaN in the head that a mask of low values left
 
 
 class Given(NamedTuple):
@@ -36,8 +41,10 @@ class Scan:
     slice becomes (X, Y, 1); `like_input` gives results back in the shape and kind that came in (`given`). halves: two
     images (X, Y, Z), each from its own half of the LPET's counts, or None: what self-supervised stage 2 learns from.
     sinogram: the LPET's acquisition, where it is known. header: of the file that it came from. sources: image -> what
-    messages call it. Raises ValueError in one sentence for a wrong shape, NaN, infinite or negative activity, an empty
-    image, an absurd voxel size or dose.
+    messages call it. background: (X, Y, Z) bool or None, where the LPET came as NaN, as some tools write air; results
+    are NaN there too. Activity a little below 0, as filters leave it, is clipped with a warning. Raises ValueError in
+    one sentence for a wrong shape, infinite or mostly negative activity, NaN inside the head, an empty image, an absurd
+    voxel size or dose.
     """
 
     lpet: np.ndarray
@@ -58,12 +65,15 @@ class Scan:
     header: Any = None
     sources: dict[str, str] = field(default_factory=dict)
     given: Given = None  # type: ignore[assignment]  # read off the LPET
+    background: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         names = {"lpet": "LPET", "spet": "SPET", "mr": "MR"} | self.sources
         given = self.given or Given(hasattr(self.lpet, "detach"), np.ndim(self.lpet))
         first = _volume(self.lpet, names["lpet"])
         images: dict[str, Any] = {}
+        air = np.isnan(first) if first.dtype.kind == "f" else np.zeros(0, bool)
+        background = air if air.any() else self.background
         for key, checked in CHECKED.items():
             if getattr(self, key) is not None:
                 called = names.get(key, key)
@@ -72,19 +82,18 @@ class Scan:
             if len(self.halves) != 2:
                 raise ValueError(f"halves: expected two images of half the counts each, found {len(self.halves)}")
             called = names.get("halves", "halves")
-            images["halves"] = tuple(_activity(_on_grid(half, called, first), called) for half in self.halves)
+            images["halves"] = tuple(activity_of(_on_grid(half, called, first), called) for half in self.halves)
         by_size = np.diag([*np.broadcast_to(np.asarray(self.voxel_size, float), 3), 1.0])
         affine = np.asarray(by_size if self.affine is None else self.affine, float)
         size = _voxel_size(affine, given.ndim, names["lpet"])
-        if not (math.isnan(self.dose_reduction) or 1 <= self.dose_reduction < math.inf):
-            raise ValueError(
-                "dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found "
-                f"{self.dose_reduction}"
-            )
-        self.__dict__.update(images, affine=affine, voxel_size=size, given=given)
+        if not math.isnan(self.dose_reduction):
+            check_dose(self.dose_reduction)
+        self.__dict__.update(images, affine=affine, voxel_size=size, given=given, background=background)
 
     def like_input(self, volume: np.ndarray) -> Any:
         """(..., X, Y, Z) -> the kind (NumPy or torch) and dimension of the `lpet` that this scan was made from."""
+        if self.background is not None:
+            volume = np.where(self.background, np.float32(np.nan), volume)
         volume = volume[..., 0] if self.given.ndim == 2 else volume
         if not self.given.torch:
             return volume
@@ -94,8 +103,22 @@ class Scan:
 
     def on_grid(self, image: ArrayLike, called: str) -> np.ndarray:
         """Any image of this scan's grid, NumPy or torch, slice or volume, as (X, Y, Z) float32. Raises ValueError for
-        another shape and for NaN or infinite values. called: its name in the message."""
-        return _finite(_on_grid(image, called, self.lpet), called)
+        another shape and for NaN or infinite values; NaN is 0 where the LPET came as NaN. called: its name in the
+        message."""
+        array = _on_grid(image, called, self.lpet)
+        if self.background is not None:
+            array = np.where(self.background & np.isnan(array), 0, array)
+        return _finite(array, called)
+
+
+def check_dose(dose_reduction: float) -> None:
+    """Raise ValueError for what cannot be a dose-reduction factor."""
+    low, high = DOSE_LIMITS
+    if not low <= dose_reduction <= high:
+        raise ValueError(
+            f"dose_reduction: expected SPET counts / LPET counts, {low:g} to {high:g} (learned: 4 to 100), found "
+            f"{dose_reduction:g}"
+        )
 
 
 def as_array(image: ArrayLike) -> np.ndarray:
@@ -135,8 +158,25 @@ def _finite(array: np.ndarray, called: str) -> np.ndarray:
     return array
 
 
+def without_nan(array: np.ndarray, called: str) -> np.ndarray:
+    """NaN round the head, in one piece with a corner of the volume, becomes 0; so do holes of a few voxels that the
+    same mask left in the head. Raises ValueError for other NaN, with place and share."""
+    air = np.isnan(array) if array.dtype.kind == "f" else np.zeros(1, bool)
+    if not air.any():
+        return array
+    pieces, _ = ndimage.label(air)
+    inside = air & ~np.isin(pieces, np.setdiff1d(pieces[tuple(slice(None, None, max(n - 1, 1)) for n in air.shape)], 0))
+    if inside.any() and (inside.sum() > HOLES * (~air).sum() or not (air & ~inside).any()):
+        place = np.round(np.argwhere(inside).mean(0)).astype(int).tolist()
+        raise ValueError(
+            f"{called}: expected finite values, found {inside.sum()} NaN voxels ({inside.mean():.2%}) near voxel "
+            f"{place} that are not the air round the head; replace them first"
+        )
+    return np.where(air, 0, array)
+
+
 def _signal(array: np.ndarray, called: str) -> np.ndarray:
-    array = _finite(array, called)
+    array = _finite(without_nan(array, called), called)
     if not array.any():
         raise ValueError(
             f"{called}: expected an image, found only zeros; check the export (an MR may be left out: mr=None)"
@@ -144,17 +184,28 @@ def _signal(array: np.ndarray, called: str) -> np.ndarray:
     return array
 
 
-def _activity(array: np.ndarray, called: str) -> np.ndarray:
+def activity_of(array: np.ndarray, called: str) -> np.ndarray:
+    """(X, Y, Z) float32 activity of at least 0, by the one rule about what is below it and about NaN (see `Scan`)."""
     array = _signal(array, called)
-    if array.min() < -1e-4 * array.max():
+    below = array < 0
+    if not below.any():
+        return array
+    share = -float(array[below].sum(dtype=float)) / max(float(array[~below].sum(dtype=float)), 1e-30)
+    if share > MOST_NEGATIVE:
         raise ValueError(
-            f"{called}: expected activity of at least 0, found {array.min():.4g}; "
-            "undo any offset or z-scoring, or clip at 0 if this is ringing"
+            f"{called}: expected activity of at least 0, found {array.min():.4g} and {share:.0%} of the activity below "
+            "0; undo any offset or z-scoring, or set the background to 0"
         )
-    return array.clip(min=0) if array.min() < 0 else array  # rounding of scaled integers
+    if array.min() < -1e-4 * array.max():  # else the rounding of scaled integers
+        warnings.warn(
+            f"{called}: expected activity of at least 0, found {below.sum()} negative voxels, {share:.2%} of the "
+            "activity; they are clipped at 0",
+            stacklevel=5,
+        )
+    return array.clip(min=0)
 
 
-CHECKED = {"lpet": _activity, "spet": _activity, "activity": _activity, "mr": _signal} | {
+CHECKED = {"lpet": activity_of, "spet": activity_of, "activity": activity_of, "mr": _signal} | {
     "mask": lambda labels, _: labels.astype(bool),
     "tissues": lambda labels, _: labels.astype(np.uint8),
     "lesions": lambda labels, _: labels.astype(np.uint8),

@@ -1,6 +1,6 @@
 """The PET scanner: how activity becomes counts, and counts an image.
 
-The model, slice by slice (2-D, `field-notes` of the README give the values and their sources):
+The model, slice by slice (2-D; docs/method.md gives the values and their sources):
 
     trues       = attenuation * P(G(activity)) * sensitivity
     prompts     ~ Poisson(trues + background)            background = randoms + scatter
@@ -27,7 +27,7 @@ from scipy import ndimage, sparse
 
 from .config import FWHM_TO_SD, check, within
 from .phantom import VirtualPatient, shift_settings
-from .scan import Scan
+from .scan import Scan, check_dose
 
 Kernel = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
@@ -47,10 +47,7 @@ class Sinogram:
 
     def thin(self, dose_reduction: float, seed: int) -> Sinogram:
         """Keep each count with probability 1 / dose_reduction, as list-mode decimation does: again Poisson."""
-        if not 1 <= dose_reduction < np.inf:
-            raise ValueError(
-                f"dose_reduction: expected SPET counts / LPET counts, a number of at least 1, found {dose_reduction}"
-            )
+        check_dose(dose_reduction)
         rng = np.random.default_rng(seed)
         kept = rng.binomial(self.counts.astype(np.int64), 1 / dose_reduction).astype(np.float32)
         return Sinogram(kept, self.background / dose_reduction, self.sensitivity / dose_reduction)
@@ -73,7 +70,7 @@ class Scanner:
     contamination: float = within(0.4, 0, 0.95)
     trues_per_mm3: float = within(50.0, 1e-3, 1e5)
     iterations: int = within(3, 1, 1000)
-    subsets: int = within(21, 1)
+    subsets: int = within(21, 1, 2000)
     post_filter: float = within(0.0, 0, 50)
     model_psf: bool = True
     matrix: int = within(128, 8, 1024)
@@ -110,30 +107,31 @@ class Scanner:
         return self._blur(image) if psf else image
 
     def _subset_matrix(self, subset: slice) -> sparse.csr_matrix:
-        return _subset_matrix(self.matrix, self.pixel_size, self.angles, subset.start, subset.step)
+        return subset_matrix(self.matrix, self.pixel_size, self.angles, subset.start, subset.step)
 
     def _blur(self, image: np.ndarray) -> np.ndarray:
-        blur = _blur_matrix(self.matrix, self.psf_fwhm / self.pixel_size)
+        blur = blur_matrix(self.matrix, self.psf_fwhm / self.pixel_size)
         along_x = rearrange(blur @ rearrange(image, "x y n -> x (y n)"), "x (y n) -> y (x n)", y=self.matrix)
         return rearrange(blur @ along_x, "y (x n) -> x y n", x=self.matrix)
 
     # --- counts --------------------------------------------------------------------------------------------------
 
-    def expected(self, activity: np.ndarray, attenuation: np.ndarray) -> Sinogram:
+    def expected(self, activity: np.ndarray, attenuation: np.ndarray, injected: float = 1.0) -> Sinogram:
         """The noise-free acquisition of a standard dose; `counts` then holds the mean of the Poisson law.
 
         activity [kBq/mL] and attenuation [1/cm]: (X, Y, N). The whole stack collects `trues_per_mm3` times the volume
-        of the head.
+        of the head. injected: share of the tracer; trues and scatter follow it, randoms its square (a thinned scan has
+        fewer counts of all three alike).
         """
         head_mm3 = np.count_nonzero(attenuation > 0.01) * self.pixel_size**3
         survival = np.exp(-self.forward(attenuation, psf=False) / 10)  # 1/cm * mm / 10
         trues = survival * self.forward(activity)
         gain = self.trues_per_mm3 * head_mm3 / max(trues.sum(), 1e-9)
         trues *= gain
-        background = self._background(trues)
-        return Sinogram(trues + background, background, (gain * survival).astype(np.float32))
+        background = self._background(trues, injected)
+        return Sinogram(injected * trues + background, background, (injected * gain * survival).astype(np.float32))
 
-    def _background(self, trues: np.ndarray) -> np.ndarray:
+    def _background(self, trues: np.ndarray, injected: float = 1.0) -> np.ndarray:
         """Randoms (flat) and scatter (blurred trues), half of the contamination each; every slice keeps its own
         share."""
         total = trues.sum((0, 1), keepdims=True) * self.contamination / (1 - self.contamination)
@@ -141,7 +139,7 @@ class Scanner:
         scatter = ndimage.gaussian_filter(trues, (0, sigma, 0), mode="constant")
         scatter /= np.maximum(scatter.sum((0, 1), keepdims=True), 1e-9)
         flat = 1 / (self.angles * self.matrix)
-        return (total * (scatter + flat) / 2).astype(np.float32)
+        return (total * (injected * scatter + injected**2 * flat) / 2).astype(np.float32)
 
     def acquire(self, activity: np.ndarray, attenuation: np.ndarray, seed: int) -> Sinogram:
         """One standard-dose acquisition: Poisson counts of `expected`."""
@@ -161,8 +159,8 @@ class Scanner:
         """
         spread, gather = kernel
         image = np.ones((self.matrix, self.matrix, sinogram.counts.shape[-1]), np.float32)
-        image *= _field_of_view(self.matrix)[..., None]
-        subsets = [slice(first, None, self.subsets) for first in _subset_order(self.subsets)]
+        image *= field_of_view(self.matrix)[..., None]
+        subsets = [slice(first, None, self.subsets) for first in subset_order(self.subsets)]
         norms = [gather(self.adjoint(sinogram.sensitivity[s], s, self.model_psf)) for s in subsets]
         floor = 1e-6 * max(float(norm.max()) for norm in norms)
         for _ in range(self.iterations):
@@ -222,20 +220,21 @@ class Scanner:
             )
 
 
-def _subset_order(subsets: int) -> list[int]:
+def subset_order(subsets: int) -> list[int]:
     """Subsets in an order that keeps successive angles far apart (golden-ratio step)."""
     step = next(s for s in range(max(1, round(subsets * 0.382)), subsets + 1) if np.gcd(s, subsets) == 1)
     return [(i * step) % subsets for i in range(subsets)]
 
 
 @lru_cache(maxsize=8)
-def _field_of_view(matrix: int) -> np.ndarray:
+def field_of_view(matrix: int) -> np.ndarray:
+    """1 in the circle that every angle sees, (X, Y) float32."""
     axis = np.arange(matrix) - (matrix - 1) / 2
     return (axis[:, None] ** 2 + axis[None, :] ** 2 <= (matrix / 2) ** 2).astype(np.float32)
 
 
 @lru_cache(maxsize=32)
-def _blur_matrix(matrix: int, fwhm: float) -> sparse.csr_matrix:
+def blur_matrix(matrix: int, fwhm: float) -> sparse.csr_matrix:
     """Gaussian blur along one axis as a symmetric Toeplitz matrix (zero outside the field of view).
 
     Sparse, because the multi-threaded product of dense matrices as small as these takes many times longer on a busy
@@ -249,9 +248,10 @@ def _blur_matrix(matrix: int, fwhm: float) -> sparse.csr_matrix:
 
 
 @lru_cache(maxsize=256)
-def _subset_matrix(
+def subset_matrix(
     matrix: int, pixel_size: float, angles: int, first: int | None, step: int | None
 ) -> sparse.csr_matrix:
+    """The rows of the system matrix that belong to every `step`-th angle from `first`."""
     full = _system_matrix(matrix, pixel_size, angles)
     rows = rearrange(np.arange(angles * matrix), "(a b) -> a b", b=matrix)[first::step].ravel() if step else slice(None)
     return full[rows]

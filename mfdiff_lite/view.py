@@ -9,6 +9,7 @@ Restoring, stage 2, the simulated cohort and the MR-guided baselines all prepare
 from __future__ import annotations
 
 import math
+import warnings
 from functools import cached_property
 
 import nibabel as nib
@@ -21,6 +22,11 @@ from .scan import Scan
 
 WORKING_VOXEL = 2.0  # mm
 SMOOTH_MM = 7.0  # Gaussian FWHM of the low-dose image before anything is read off it
+HOT = 4.0  # times the brain's upper level, smoothed: more than any uptake in training (2.9)
+BRIGHT = 3.0  # ... and more than any in a brain
+ABSURD = 40.0  # the same of a single voxel (training: 17, at the highest noise)
+MARGIN = 6.0  # mm round what is hot that its blur reaches
+REACH = (1.0, 5.0)  # mm beyond what is known: up to here as bright as its edge, from there dark
 FIDELITY_SD = 1.5  # voxels of 2 mm; also what lies outside the box is smoothed with it
 
 
@@ -38,14 +44,24 @@ def neighbours(z: np.ndarray | int, context: int, first: int, last: int) -> np.n
 class ActivityScale:
     """The intensity scale of the model, from the LPET alone: its mean inside the brain becomes 1.
 
-    Never from the SPET (not there at test time), never from a maximum (grows with the noise).
-    mask: (X, Y, Z) bool, a rough brain; value: kBq/mL (or the unit of the scan).
+    Never from the SPET (not there at test time), never from a maximum (grows with the noise), never from what is no
+    brain: things `HOT` or `ABSURD`, and what was cut away (a block of zeros), are unknown to it.
+    known: (X, Y, Z) bool, where the LPET speaks of the head; filled: the LPET with its unknown voxels filled in from
+    there; smooth: that, smoothed; mask: a rough brain; value: kBq/mL (or the unit of the scan).
     """
 
     def __init__(self, lpet: np.ndarray, voxel_size: tuple[float, ...]):
-        sigma = [SMOOTH_MM * FWHM_TO_SD / v for v in voxel_size]
-        self.smooth = ndimage.gaussian_filter(lpet, sigma, mode="nearest")
-        self.mask = self.smooth > 0.4 * np.percentile(self.smooth[self.smooth > 0.1 * self.smooth.max()], 95)
+        foreign = foreign_to_brain(lpet, voxel_size)
+        zeros = lpet == 0
+        block = np.ones([min(3, n) for n in lpet.shape])  # more than noise clipped at 0 leaves
+        cut_away = ndimage.binary_propagation(ndimage.binary_opening(zeros, block), mask=zeros)
+        self.known = ~(foreign | cut_away)
+        self.foreign = foreign
+        self.filled = filled(lpet, self.known, voxel_size)
+        self.smooth = _smoothed(self.filled, voxel_size)
+        brightest = min(float(self.smooth.max()), BRIGHT * upper_level(self.smooth))
+        level = np.percentile(self.smooth[self.smooth > 0.1 * brightest], 95)
+        self.mask = (self.smooth > 0.4 * level) & self.known
         self.value = float(lpet[self.mask].mean())
 
     def apply(self, activity: np.ndarray) -> np.ndarray:
@@ -55,6 +71,42 @@ class ActivityScale:
     def invert(self, scaled: np.ndarray) -> np.ndarray:
         """Scaled activity -> activity, not below 0."""
         return np.clip(scaled, 0, None) * self.value
+
+
+def _smoothed(image: np.ndarray, voxel_size: tuple[float, ...]) -> np.ndarray:
+    return ndimage.gaussian_filter(image, [SMOOTH_MM * FWHM_TO_SD / v for v in voxel_size], mode="nearest")
+
+
+def upper_level(smooth: np.ndarray) -> float:
+    """About the 95th percentile of the smoothed activity in the head: however bright something small is, and however
+    much air is round it. It climbs from a percentile of the whole volume and never looks `HOT` times above itself."""
+    level = float(np.percentile(smooth, 98)) or float(np.median(smooth[smooth > 0]))
+    for _ in range(10):
+        before, near = level, smooth[(smooth > 0.1 * level) & (smooth < HOT * level)]
+        level = float(np.percentile(near, 95))
+        if abs(level / before - 1) < 1e-3:
+            break
+    return level
+
+
+def foreign_to_brain(lpet: np.ndarray, voxel_size: tuple[float, ...]) -> np.ndarray:
+    """(X, Y, Z) bool: what is too bright for a brain (a bladder, a marker, a damaged voxel), and its surroundings."""
+    limit = 20 * float(np.percentile(lpet[lpet > 0], 99))  # keeps single voxels out of the smoothed image
+    smooth = _smoothed(np.minimum(lpet, limit), voxel_size)
+    level = upper_level(smooth)
+    hot = (smooth > HOT * level) | (lpet > ABSURD * level)
+    return ndimage.distance_transform_edt(~hot, voxel_size) <= MARGIN if hot.any() else hot
+
+
+def filled(image: np.ndarray, known: np.ndarray, voxel_size: tuple[float, ...]) -> np.ndarray:
+    """(X, Y, Z): what is not known as bright as the known activity next to it, and dark from `REACH` on."""
+    if known.all():
+        return image
+    weight = _smoothed(known.astype(np.float32), voxel_size)
+    smooth = _smoothed(np.where(known, image, 0), voxel_size) / np.maximum(weight, 1e-9)
+    far = ndimage.distance_transform_edt(~known, voxel_size)
+    fade = np.clip((REACH[1] - far) / (REACH[1] - REACH[0]), 0, 1)
+    return np.where(known, image, smooth * fade).astype(np.float32)
 
 
 def scale_mr(mr: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -84,7 +136,7 @@ class WorkingGrid:
 
     def __init__(self, scan: Scan):
         self.scan = scan
-        canonical = self._canonical(scan.lpet)
+        canonical = self.canonical(scan.lpet)
         zooms = np.array(canonical.header.get_zooms()[:3])
         flat = canonical.shape[2] == 1
         wanted = np.array([WORKING_VOXEL, WORKING_VOXEL, zooms[2] if flat else WORKING_VOXEL])
@@ -98,13 +150,14 @@ class WorkingGrid:
         self._low_pass = np.sqrt(np.maximum(wanted**2 - zooms**2, 0)) * FWHM_TO_SD / zooms  # voxels of the scan
         self.box: tuple[slice, ...] = (slice(None),) * 3
         self.pad: tuple[tuple[int, int], ...] = ((0, 0),) * 3
-        self._fit_box(ActivityScale(self.to(scan.lpet), self.voxel_size).smooth)
+        self._fit_box(ActivityScale(self.to(scan.lpet), self.voxel_size))
 
-    def _canonical(self, volume: np.ndarray) -> nib.Nifti1Image:
+    def canonical(self, volume: np.ndarray) -> nib.Nifti1Image:
+        """(X, Y, Z) of the scan with its axes turned to RAS+, as near as turning gets."""
         return nib.as_closest_canonical(nib.Nifti1Image(np.asarray(volume, np.float32), self.scan.affine))
 
-    def _fit_box(self, smooth: np.ndarray) -> None:
-        head = smooth > 0.08 * np.percentile(smooth, 99.5)
+    def _fit_box(self, scale: ActivityScale) -> None:
+        head = (scale.smooth > 0.08 * np.percentile(scale.smooth, 99.5)) & scale.known
         spans, pads = [], []
         for axis, size in enumerate(self.shape[:2]):
             where = np.flatnonzero(head.any(axis=(1 - axis, 2)))
@@ -115,15 +168,15 @@ class WorkingGrid:
         self.box, self.pad = (*spans, slice(None)), (*pads, (0, 0))
 
     def to(self, volume: np.ndarray) -> np.ndarray:
-        """(X, Y, Z) of the scan -> (x, y, z) of the box."""
-        image = self._canonical(volume)
+        """(X, Y, Z) of the scan -> (x, y, z) of the box, which goes on beyond the field of view as its edge is."""
+        image = self.canonical(volume)
         if self.resampled:
             smooth = ndimage.gaussian_filter(image.get_fdata(dtype=np.float32), self._low_pass, mode="nearest")
             image = resample_from_to(
                 nib.Nifti1Image(smooth, image.affine), (self.shape, self.affine), order=3, mode="nearest"
             )
         data = np.asarray(image.dataobj, np.float32)[self.box]
-        return np.pad(data.clip(min=min(0.0, float(np.min(volume)))), self.pad)
+        return np.pad(data.clip(min=min(0.0, float(np.min(volume)))), self.pad, mode="edge")
 
     def back(self, volume: np.ndarray, outside: np.ndarray) -> np.ndarray:
         """(x, y, z) of the box -> (X, Y, Z) of the scan, `outside` beyond it."""
@@ -131,9 +184,9 @@ class WorkingGrid:
         kept = np.zeros(volume.shape, bool)
         kept[self.RIM : -self.RIM, self.RIM : -self.RIM] = True
         if not self.resampled:
-            full = np.asarray(self._canonical(outside).dataobj, np.float32).copy()
+            full = np.asarray(self.canonical(outside).dataobj, np.float32).copy()
             full[self.box] = np.where(kept[unpad], volume[unpad], full[self.box])
-            return self._reoriented(full)
+            return self.turned_back(full)
         inside, weight = np.zeros(self.shape, np.float32), np.zeros(self.shape, np.float32)
         inside[self.box], weight[self.box] = volume[unpad], kept[unpad]
         target = (self.scan.lpet.shape, self.scan.affine)
@@ -143,7 +196,7 @@ class WorkingGrid:
         )
         return np.where(weight > 0, inside.clip(min=0), outside).astype(np.float32)
 
-    def _reoriented(self, canonical: np.ndarray) -> np.ndarray:
+    def turned_back(self, canonical: np.ndarray) -> np.ndarray:
         """Undo `as_closest_canonical`."""
         theirs = nib.io_orientation(self.scan.affine)
         turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), theirs)
@@ -154,8 +207,9 @@ class ModelView:
     """A scan as a model of `context` neighbouring slices sees it.
 
     grid: of another scan on the same voxels, to keep its box; by default the scan's own. lpet, mr: (x, y, z) float32 on
-    the box of the working grid, scaled; mr is all zeros without one. mask: (x, y, z), a rough brain. Raises ValueError
-    for a scan whose dose reduction is not known.
+    the box of the working grid, scaled, the LPET filled in where its scale knows nothing of the head; mr is all zeros
+    without one. mask: (x, y, z) bool, a rough brain. known, filled: those of the scale, on the scan's grid. Raises
+    ValueError for a scan whose dose reduction is not known.
     """
 
     def __init__(self, scan: Scan, context: int, grid: WorkingGrid | None = None):
@@ -163,29 +217,35 @@ class ModelView:
             raise ValueError(f"{scan.name}: expected its dose-reduction factor, found it unknown; give dose_reduction")
         self.scan, self.context = scan, context
         self.grid = grid or WorkingGrid(scan)
-        raw = self.grid.to(scan.lpet)
-        self.scale = ActivityScale(raw, self.grid.voxel_size)
-        self.lpet = self.scale.apply(raw)
-        self.mr = np.zeros_like(raw) if scan.mr is None else scale_mr(self.grid.to(scan.mr), self.scale.mask)
+        canonical = self.grid.canonical(scan.lpet)  # a scan gets the same scale however its file is turned
+        self.scale = ActivityScale(np.asarray(canonical.dataobj), canonical.header.get_zooms())
+        self.known, self.filled, mask = (
+            self.grid.turned_back(volume) for volume in (self.scale.known, self.scale.filled, self.scale.mask)
+        )
+        if self.scale.foreign.any():
+            warnings.warn(
+                f"{scan.name}: expected nothing much brighter than a brain, found {self.scale.foreign.sum()} voxels in "
+                f"or next to something over {HOT:g} times its upper level; they are left as they came",
+                stacklevel=4,
+            )
+        self.lpet = self.scale.apply(self.grid.to(self.filled))
+        self.mask = self.grid.to(mask) > 0.5
+        self.mr = np.zeros_like(self.lpet) if scan.mr is None else scale_mr(self.grid.to(scan.mr), self.mask)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(x, y, z) of the box."""
         return self.lpet.shape
 
-    @property
-    def mask(self) -> np.ndarray:
-        """(x, y, z) bool, a rough brain."""
-        return self.scale.mask
-
     def activity(self, image: np.ndarray) -> np.ndarray:
         """Another activity image of the scan (a half, the SPET) on the box, in the LPET's scale."""
         return self.scale.apply(self.grid.to(image))
 
     def stack(self, volume: np.ndarray) -> np.ndarray:
-        """(x, y, z) -> slices (Z, H, W) float32, their sides padded with air to multiples of SIDE."""
+        """(x, y, z) -> slices (Z, H, W) float32, their sides padded as their edges are to multiples of SIDE."""
         x, y = volume.shape[:2]
-        return np.pad(np.moveaxis(volume, -1, 0), ((0, 0), (0, -x % SIDE), (0, -y % SIDE))).astype(np.float32)
+        more = ((0, 0), (0, -x % SIDE), (0, -y % SIDE))
+        return np.pad(np.moveaxis(volume, -1, 0), more, mode="edge").astype(np.float32)
 
     def near(self, z: np.ndarray | int) -> np.ndarray:
         """The slices (..., context) round slices z, see `neighbours`."""
@@ -206,13 +266,15 @@ class ModelView:
         return slices[..., : self.shape[0], : self.shape[1]]
 
     def restored(self, volume: np.ndarray) -> np.ndarray:
-        """Scaled activity (x, y, z) -> the scan's grid, unit, kind and shape; beyond the box the smoothed LPET."""
-        return self.scan.like_input(self.grid.back(self.scale.invert(volume), self._outside))
+        """Scaled activity (x, y, z) -> the scan's grid, unit, kind and shape; beyond the box the smoothed LPET; what is
+        foreign to a brain or was cut away as it came."""
+        inside = self.grid.back(self.scale.invert(volume), self._outside)
+        return self.scan.like_input(np.where(self.known, inside, self.scan.lpet))
 
     @cached_property
     def _outside(self) -> np.ndarray:
         sd = [FIDELITY_SD * WORKING_VOXEL / v for v in self.scan.voxel_size]
-        return ndimage.gaussian_filter(self.scan.lpet, sd)
+        return ndimage.gaussian_filter(self.filled, sd, mode="nearest")
 
     def back(self, volume: np.ndarray) -> np.ndarray:
         """(x, y, z) of any other unit -> the scan's grid, kind and shape; 0 beyond the box."""

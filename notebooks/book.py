@@ -26,6 +26,7 @@ import mfdiff_lite
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\[([^][]*)]\(([^)\s#:]+)(?:#[^)\s]*)?\)")  # [text](file#place) with a relative file
 ABOUT = re.compile(r"^\| \[.*]\(notebooks/(\w+\.ipynb)\) \| (.*) \|$", re.MULTILINE)  # a row of the README's table
+DOWNLOADS = "downloads"
 CONF = r'''
 import re
 
@@ -43,6 +44,7 @@ html_show_search_summary = False  # read from the pages found, which a browser f
 html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+exclude_patterns = ["downloads"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_mime_priority_overrides = [("html", "text/html", 0)]  # still slices, not the widget that has no kernel here
@@ -125,7 +127,12 @@ def write_sources(executed: Path, source: Path) -> None:
         if any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", [])):
             raise BookError(f"{path} stopped at an error: run it again with notebooks/run.py")
         profiles.add(notebook.metadata.get("papermill", {}).get("parameters", {}).get("profile", "unknown"))
-        text = nbformat.writes(notebook)
+        stored = ROOT / "notebooks" / path.name
+        if stored.is_file():  # as the course hands it out, without outputs
+            (source / DOWNLOADS).mkdir(exist_ok=True)
+            shutil.copy(stored, source / DOWNLOADS / path.name)
+            notebook.cells[0].source += f"\n\n{{download}}`Download this notebook <../{DOWNLOADS}/{path.name}>`"
+        text = nbformat.writes(notebook).replace("(attachment:", "(../docs/drawings/")  # MyST knows no attachments
         for folder in (ROOT, executed.resolve().parent):  # where it was executed is nobody's business
             text = text.replace(f"{folder}/", "")
         pages.append((Path("notebooks", path.name), text))
@@ -145,10 +152,13 @@ def write_sources(executed: Path, source: Path) -> None:
                 (source / target).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / target, source / target)
 
-    about = dict(ABOUT.findall(readme))
+    about, claims = dict(ABOUT.findall(readme)), readme.split("\n## What the paper claims")
     rows = [f"| [{path.stem}](notebooks/{path.name}) | {about.get(path.name, '')} |" for path in copies]
-    index = [readme.split("\n## ")[0], "## The notebooks", f"Executed with profile {', '.join(sorted(profiles))}.", ""]
+    index = [readme.split("\n## ")[0], *["## What the paper claims" + part.split("\n## ")[0] for part in claims[1:]]]
+    index += ["## The notebooks", f"Executed with profile {', '.join(sorted(profiles))}.", ""]
     index += ["| | |", "|---|---|", *rows, "", "Every public name: [the library](library.rst).", ""]
+    index += ["Words: [glossary](docs/glossary.md). Symbols: [notation](docs/notation.md).", ""]
+    index = LINK.sub(lambda link: link[1] if Path(link[2]).name in absent else link[0], "\n".join(index)).split("\n")
     listed = [page.with_suffix("").as_posix() if page.name != "README.md" else "Read me <README>" for page, _ in pages]
     listed.insert(len(copies), "The library <library>")
     index += ["```{toctree}", ":hidden:", "", *listed, "```", ""]

@@ -3,6 +3,7 @@
     python notebooks/run.py                                     all of them, profile smoke, as many at a time as cores
     python notebooks/run.py --profile cpu 01_data               one of them, at full size
     python notebooks/run.py -p seed=3 --out runs/try 00_quickstart
+    python notebooks/run.py --page out.ipynb                    the page of one that papermill has run
 
 For notebooks/NAME.ipynb it writes OUT/NAME.ipynb (the executed copy) and OUT/NAME.html; the notebook itself writes its
 results into OUT/NAME/.
@@ -24,14 +25,25 @@ from pathlib import Path
 import nbformat
 import papermill
 import typer
+from jinja2 import pass_context
+from latex2mathml.converter import convert
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from papermill.exceptions import PapermillExecutionError
 
 HERE = Path(__file__).resolve().parent
 CELL_SECONDS = {"smoke": 120, "cpu": 2 * 3600, "gpu": 24 * 3600}  # the longest that one cell may take, by profile
 TAIL = 25  # lines of traceback worth reading
+FOLDED = """{%- extends 'lab/index.html.j2' -%}
+{%- block input_group -%}
+{%- if 'hide-input' in cell.metadata.get('tags', []) -%}
+<details class="folded"><summary style="color: var(--jp-ui-font-color2)">code</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock input_group -%}"""
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+SCRIPT = re.compile(r"<script.*?</script>", re.DOTALL)
+FETCHES = re.compile(r"<script[^>]*\bsrc=|mathjax|//cdn")  # what a page's template would load from elsewhere
 
 
 class NotebookError(Exception):
@@ -110,7 +122,7 @@ def run_notebook(
             failure = NotebookError(f"{path.name}: {type(error).__name__}: {error}")
     if failure:
         raise failure
-    _write_html(executed)
+    write_page(executed)
     return executed
 
 
@@ -158,11 +170,39 @@ def _last_started(executed: Path) -> str:
     return begun[-1] if begun else ""
 
 
-def _write_html(executed: Path) -> None:
-    # Widgets are shown by their static picture: no scripts for them, which a page would fetch from elsewhere.
-    exporter = HTMLExporter(require_js_url="", jquery_url="", embed_images=True)
-    page, _ = exporter.from_filename(str(executed))
-    executed.with_suffix(".html").write_text(page, encoding="utf-8")
+class _Renderer(IPythonRenderer):
+    """Formulas as MathML, which needs no script that a page would fetch from elsewhere."""
+
+    def inline_math(self, body: str) -> str:
+        return convert(body)
+
+    def block_math(self, body: str) -> str:
+        return convert(body, display="block")
+
+    multiline_math = block_math
+
+
+def write_page(executed: Path) -> Path:
+    """NAME.html beside an executed notebook, to be read without a network; widgets are shown by their still picture."""
+
+    @pass_context
+    def markdown(context, source: str) -> str:
+        # Attachments are embedded anyway; `embed_images` would close every <details> at once.
+        attached = context.get("cell", {}).get("attachments", {})
+        return MarkdownWithMath(renderer=_Renderer(escape=False, attachments=attached)).render(source)
+
+    exporter = HTMLExporter(
+        filters={"markdown2html": markdown},
+        raw_template=FOLDED,
+        **{f"{script}_url": "" for script in ("require_js", "jquery", "mathjax")},
+    )
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("widgets", None)
+    page, _ = exporter.from_notebook_node(notebook)
+    written = executed.with_suffix(".html")
+    page = SCRIPT.sub(lambda script: "" if FETCHES.search(script[0]) else script[0], page)
+    written.write_text(page, encoding="utf-8")
+    return written
 
 
 def _parse(assignments: list[str]) -> dict:
@@ -214,8 +254,12 @@ def main(
     parameter: list[str] | None = typer.Option(None, "--parameter", "-p", help="Another parameter, as name=value."),
     cell_seconds: float | None = typer.Option(None, help="Time limit of one cell; default depends on the profile."),
     jobs: int | None = typer.Option(None, min=1, help="Notebooks at a time; default: one a core, with gpu one."),
+    page: Path | None = typer.Option(None, exists=True, dir_okay=False, help="Run nothing; make the page of this one."),
 ) -> None:
     """Run notebooks headlessly; write executed copies and HTML."""
+    if page:
+        typer.echo(str(write_page(page)))
+        return
     if profile not in CELL_SECONDS:
         raise typer.BadParameter(f"'{profile}' is none of {', '.join(CELL_SECONDS)}", param_hint="--profile")
     parameters = _parse(parameter or [])

@@ -3,8 +3,11 @@
 import ast
 import copy
 import csv
+import functools
 import importlib.util
 import re
+import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -14,9 +17,18 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks" / "assignments"
 
-_spec = importlib.util.spec_from_file_location("assignments_course", FOLDER / "course.py")
-course = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(course)
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"assignments_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])  # mutants.py adds its folder
+        spec.loader.exec_module(module)
+    return module
+
+
+course, mutants = script("course"), script("mutants")
 
 SOURCES = course.sources()
 SECONDS = 200  # generous: the tests share two cores with others
@@ -59,22 +71,162 @@ def test_source_keeps_the_rules(name):
         assert kind != ["hidden"] or before in (["check"], ["hidden"]), "a hidden check follows a check"
     assert [course.number(cell) for cell in graded] == list(range(1, len(graded) + 1))
     head = source.cells[0].source
-    assert sum(course.points(source).values()) == 10 and "**Points** 10" in head
+    assert sum(course.points(source).values()) == 10 and "**Points** 10 for checks, 4 for answers" in head
     assert all(word in head for word in ("**You will**", "**Needs**", "**Time**"))
+    for cell in graded:
+        for node in (node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Assert)):
+            assert node.msg, f"check {course.number(cell)} has an assertion without a hint: {ast.unparse(node)}"
+
+
+@each
+def test_questions_have_points_a_model_answer_and_a_rubric(name):
+    source, asked = SOURCES[name], course.questions(SOURCES[name])
+    answers = [cell for cell in source.cells if course.tagged(cell, "answer")]
+    assert list(asked) == list(range(1, len(answers) + 1)) and sum(worth for worth, _ in asked.values()) == 4
+    for cell in answers:
+        assert course.QUESTION.match(source.cells[source.cells.index(cell) - 1].source)
+        assert course.SOLUTION.fullmatch(cell.source) and "point" in cell.source
+    student = course.student_copy(source)
+    assert [cell.source for cell in student.cells if course.tagged(cell, "answer")] == [course.UNANSWERED] * len(
+        answers
+    )
+    assert set(course.answers(source, student).values()) == {""}
+
+
+@each
+def test_the_notebooks_that_an_assignment_needs_teach_it(name):
+    """Each course notebook that the head names is there; together they use every name that the assignment imports."""
+    needs = re.search(r"\*\*Needs\*\*(.*?)\*\*Time", SOURCES[name].cells[0].source, re.DOTALL)[1]
+    numbers = set()
+    for first, last in re.findall(r"\b(\d\d)(?: to (\d\d))?", needs):
+        numbers |= set(range(int(first), int(last or first) + 1))
+    texts = [next((ROOT / "notebooks").glob(f"{number:02d}_*.ipynb")).read_text(encoding="utf-8") for number in numbers]
+    nodes = list(ast.walk(ast.parse(SOURCES[name].cells[1].source)))
+    used = {
+        alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("mfdiff_lite")
+        for alias in node.names
+    }
+    taught = {word for word in used if any(word in text for text in texts)}
+    explained = {"residual_sd", "lesion_contrast", "mr_guided", "tune"}  # by the assignment's own text
+    assert numbers and used - taught <= explained, used - taught
+
+
+def shape(node):
+    """A syntax tree as text, whatever its variables and numbers are called; what is called keeps its name."""
+    node = copy.deepcopy(node)
+    called = {id(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)}
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and id(inner) not in called:
+            inner.id = "_"
+        if isinstance(inner, ast.Constant):
+            inner.value = 0
+        if isinstance(inner, ast.arg):
+            inner.arg = "_"
+    return ast.dump(node).replace("Constant(value=0)", "Name(id='_', ctx=Load())")
+
+
+def expressions(code):
+    return [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.expr)]
+
+
+def telling(exercise):
+    """What of an exercise's solution must stand in no other cell: the whole value of a statement unless it is a word
+    or two, and every larger piece of one. A call of a function of the exercise with its plain arguments tells nothing.
+    """
+    found = {}
+    for match in course.SOLUTION.finditer(exercise):
+        block = textwrap.dedent(course.MARKS.sub("", match[0]))
+        tree = ast.parse(f"def f():\n{textwrap.indent(block, '    ')}")
+        statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt | ast.comprehension)]
+        whole = {id(getattr(node, part, None)) for node in statements for part in ("value", "iter")}
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.expr)):
+            size = sum(isinstance(inner, ast.expr | ast.comprehension) for inner in ast.walk(node))
+            plain = isinstance(node, ast.Call) and all(isinstance(part, ast.Name) for part in (node.func, *node.args))
+            if not plain and size >= (4 if id(node) in whole and not isinstance(node, ast.Attribute) else 7):
+                found[shape(node)] = ast.unparse(node)
+    return found
+
+
+def leaks(source, *more):
+    """Pieces of solutions that stand in cells that students get, or in `more`."""
+    cells = [c for c in course.student_copy(source).cells if c.cell_type == "code" and not course.tagged(c, "exercise")]
+    shown = {shape(node) for code in (*(cell.source for cell in cells), *more) for node in expressions(code)}
+    secret = [telling(cell.source) for cell in source.cells if course.tagged(cell, "exercise")]
+    found = {text for one in secret for form, text in one.items() if form in shown}
+    return sorted(found - {"np.random.default_rng(seed)"})  # how every random number begins
 
 
 @each
 def test_student_copy_holds_no_solution_and_no_hidden_check(name):
-    student = nbformat.writes(course.student_copy(SOURCES[name]))
-    assert not MARK.search(student)
-    withheld = [cell.source for cell in SOURCES[name].cells if course.tagged(cell, "hidden")]
-    for cell in SOURCES[name].cells:
-        withheld += [match[0] for match in course.SOLUTION.finditer(cell.source) if course.tagged(cell, "exercise")]
-    shown = {line.strip() for cell in course.student_copy(SOURCES[name]).cells for line in cell.source.splitlines()}
-    lines = {line.strip() for text in withheld for line in text.splitlines() if len(line.strip()) > 24}
-    # A hidden check may begin like a public one; what it asserts must not be public.
-    assert not {line for line in lines & shown if "assert" in line or "return" in line}
-    assert "raise NotImplementedError" in student
+    copied = course.student_copy(SOURCES[name])
+    assert not MARK.search(nbformat.writes(copied))
+    assert not any(course.tagged(cell, "hidden") for cell in copied.cells)
+    assert not leaks(SOURCES[name])
+    assert course.UNWRITTEN in nbformat.writes(copied).replace('\\"', '"')
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("01_counts", "part, apart = rng.binomial(full, 1 / drf), rng.binomial(other, 1 / drf)"),
+        ("03_ddim", "for here, there in zip(a[:-1], a[1:], strict=True): way.append(here)"),
+        ("05_shift", "a, b = (scanner.reconstruct(half) for half in low.split(7))"),
+    ],
+)
+def test_a_solution_in_other_words_is_noticed(name, line):
+    assert leaks(SOURCES[name], line)
+
+
+@each
+def test_a_check_in_the_student_copy_is_the_same_check(name, capsys):
+    for cell in (cell for cell in SOURCES[name].cells if course.tagged(cell, "check")):
+        (wrapped,) = ast.parse(course.with_verdict(cell)).body
+        assert [ast.dump(node) for node in wrapped.body] == [ast.dump(node) for node in ast.parse(cell.source).body]
+
+
+def test_a_check_prints_one_line(tiny, capsys):
+    code = course.with_verdict(tiny.cells[2])
+    for answer, line in ((2, "Check 1 passed: 1 point"), (3, "Check 1, not yet: expected 2, found 3")):
+        exec(code, {"double": lambda x, answer=answer: answer * x})
+        assert capsys.readouterr().out == f"{line}\n"
+    with pytest.raises(ZeroDivisionError):  # an error of the student's own keeps its traceback
+        exec(code, {"double": lambda x: 1 / 0})
+
+
+# What the checks are worth
+
+
+@functools.cache
+def bench(name):
+    return mutants.Bench(name)
+
+
+@pytest.mark.parametrize("one", mutants.MUTANTS, ids=lambda one: one.name)
+def test_a_wrong_solution_loses_points(one):
+    assert one.lost and set(bench(one.assignment).failed(one.changes, one.lost)) == one.lost
+
+
+@pytest.mark.parametrize("one", mutants.UNUSUAL, ids=lambda one: one.name)
+def test_a_right_but_unusual_solution_scores_full(one):
+    assert bench(one.assignment).failed(one.changes) == {}
+
+
+def test_every_assignment_and_every_check_has_its_wrong_solutions():
+    for name in SOURCES:
+        wrong = [one for one in mutants.MUTANTS if one.assignment == name]
+        assert len(wrong) >= 5 and sum(one.assignment == name for one in mutants.UNUSUAL) >= 1, name
+        missed = {
+            number: cell for number, cell in bench(name).checks.items() if not any(number in one.lost for one in wrong)
+        }
+        assert len(missed) <= 1, (name, list(missed))
+    assert len({one.name for one in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 30
+
+
+def test_a_mutant_that_changes_nothing_is_refused():
+    with pytest.raises(ValueError, match="expected 'nowhere' once"):
+        bench("03_ddim").failed({"nowhere": "x"})
 
 
 def test_assignments_are_numbered_and_not_taken_for_course_notebooks():
@@ -88,6 +240,7 @@ def test_build_writes_three_folders(tmp_path):
     assert {path.stem for path in (tmp_path / "student").glob("*.ipynb")} == set(SOURCES)
     assert not MARK.search((tmp_path / "solution/02_gate.ipynb").read_text(encoding="utf-8"))
     assert (tmp_path / "autograder/course.py").is_file()
+    assert {"README.md", "PROJECT.md", "course.py"} < {path.name for path in (tmp_path / "student").iterdir()}
     student = nbformat.read(tmp_path / "student/02_gate.ipynb", as_version=4)
     nbformat.validate(student)
     assert all(cell.metadata.deletable is False for cell in student.cells if course.tagged(cell, "check"))
@@ -110,25 +263,6 @@ def test_an_empty_copy_scores_nothing_and_fails_in_the_right_cells(name):
     assert sorted(notes) == sorted(f"{where}NotImplementedError: write this" for where in wanted)
 
 
-@pytest.mark.notebook
-@pytest.mark.parametrize(
-    ("name", "right", "wrong", "lost"),
-    [
-        ("01_counts", "rng.binomial(counts, 1 / dose_reduction)", "np.rint(counts / dose_reduction)", {1, 2, 3}),
-        ("02_gate", "channels, 1, bias=False", "channels, 1", {6}),
-        ("03_ddim", "a * xt - b * v, b * xt + a * v", "(xt - b * v) / a, b * xt + a * v", {4, 5, 6, 7, 9}),
-        ("05_shift", "sinogram.split(seed)", "(sinogram.thin(2, seed), sinogram.thin(2, seed + 1))", {2}),
-    ],
-)
-def test_a_typical_mistake_loses_the_right_points(name, right, wrong, lost):
-    submission = course.solution_copy(SOURCES[name])
-    assert sum(cell.source.count(right) for cell in submission.cells) == 1
-    for cell in submission.cells:
-        cell.source = cell.source.replace(right, wrong)
-    scores, notes = grade(name, submission)
-    assert {number for number, points in course.points(SOURCES[name]).items() if scores[number] < points} == lost, notes
-
-
 # The grader, on a made-up assignment that needs nothing but Python
 
 
@@ -144,11 +278,14 @@ def tiny(tmp_path, monkeypatch):
         ("check", "# Check 1 (1 point): two\nassert double(1) == 2, f'expected 2, found {double(1)}'"),
         ("hidden", hidden),
         ("exercise", exercise.format(2, "triple", 3)),
-        ("check", "# Check 3 (4 points): three\nassert triple(1) == math.floor(3.5)"),
+        ("check", "# Check 3 (4 points): three\nassert triple(1) == math.floor(3.5), 'three times one is three'"),
+        ("question", "**Question 1 (2 points).** Why is zero doubled zero?"),
+        ("answer", "### BEGIN SOLUTION\nNothing twice is nothing.\n- 2 points: says so.\n### END SOLUTION"),
     ]
     notebook = new.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     for number, (tag, text) in enumerate(cells):
-        notebook.cells.append(new.new_code_cell(text, id=f"tiny-{number}", metadata={"tags": [tag]}))
+        make = new.new_markdown_cell if tag in ("question", "answer") else new.new_code_cell
+        notebook.cells.append(make(text, id=f"tiny-{number}", metadata={"tags": [tag]}))
     folder.mkdir()
     nbformat.write(notebook, folder / "00_tiny.ipynb")
     monkeypatch.setattr(course, "HERE", folder)
@@ -179,7 +316,7 @@ def test_a_folder_becomes_a_table(tiny, tmp_path):
         "all right": handed_in(tiny),
         "copied a check": twice,
         "ids lost": without_ids,
-        "half": handed_in(tiny, tiny_1=wrong),
+        "half": handed_in(tiny, tiny_1=wrong, tiny_7="<b>bold</b> & short"),
         "tampered": handed_in(tiny, tiny_1=wrong, tiny_2="# Check 1 (1 point): two\npass", tiny_5=None),
         "syntax": handed_in(tiny, tiny_4="def triple(x)\n    return 3 * x"),
         "quits": handed_in(tiny, tiny_4="def triple(x):\n    raise SystemExit"),
@@ -197,8 +334,9 @@ def test_a_folder_becomes_a_table(tiny, tmp_path):
     assert done.exit_code == 0, done.output
     with out.open(newline="", encoding="utf-8") as stream:
         header, *rows = csv.reader(stream)
-    assert header == ["student", "00.1 (of 1)", "00.2 (of 2)", "00.3 (of 4)", "total", "notes"]
-    scores = {name: [int(score) for score in scores] for name, *scores, _ in rows}
+    assert header == ["student", "00.1 (of 1)", "00.2 (of 2)", "00.3 (of 4)", "total", "00.Q1 (of 2)", "notes"]
+    scores = {name: [int(score) for score in scores] for name, *scores, _, _ in rows}
+    assert {mark for *_, mark, _ in rows} == {""}, "a mark that a person gives"
     notes = {name: note for name, *_, note in rows}
     full = [1, 2, 4, 7]
     assert scores == {
@@ -214,6 +352,47 @@ def test_a_folder_becomes_a_table(tiny, tmp_path):
     assert "the kernel died in cell 'import os'" in notes["dies"]
     assert notes["missing"] == "00: no 00_tiny.ipynb"
     assert "not a readable notebook" in notes["unreadable"] and "not a readable notebook" in notes["no notebook"]
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "grades-feedback").iterdir()}
+    assert set(pages) == set(students) | {"unreadable", "no notebook", "missing"}
+    assert "5 of 7 points for checks" in pages["half"] and "<td>0 of 2</td>" in pages["half"]
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; short" in pages["half"] and "___ of 2" in pages["half"]
+    for text in pages.values():
+        assert "zero" not in text and "double(0)" not in text and "check 2" not in text.lower(), "a hidden check told"
+        assert "http" not in text and "<script" not in text
+    collected = (tmp_path / "grades-answers.html").read_text(encoding="utf-8")
+    assert "Why is zero doubled zero?" in collected and "Nothing twice is nothing." in collected
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; short" in collected and "<b>bold" not in collected
+
+
+@pytest.mark.notebook
+def test_a_student_is_told_whether_a_file_is_ready(tiny, tmp_path):
+    def asked(notebook, name="00_tiny.ipynb"):
+        nbformat.write(notebook, tmp_path / name)
+        done = CliRunner().invoke(course.app, ["ready", str(tmp_path / name), "--cell-seconds", "5"])
+        return done.exit_code, done.stdout
+
+    fresh = course.student_copy(tiny)
+    code, said = asked(fresh)
+    assert code == 0 and said.startswith("00_tiny.ipynb: ready\n"), said
+    for line in ("Exercise 1: not written", "Exercise 2: not written", "answers: 1 of 1", "Check 1, not yet"):
+        assert line in said
+    done = copy.deepcopy(fresh)
+    done.cells[1].source, done.cells[3].source = "def double(x):\n    return 2 * x", "def triple(x):\n    return 3 * x"
+    done.cells[-1].source = "Nothing twice is nothing."
+    assert asked(done) == (0, "00_tiny.ipynb: ready, and all that you see is done\n")
+    assert "expected the name 00_tiny.ipynb" in asked(done, "tiny.ipynb")[1]
+    for cell, text, line in (
+        (2, "# Check 1 (1 point): two\npass", "check 1: changed"),
+        (2, "pass", "check 1: missing"),
+        (1, "while True:\n    pass", "stopped after 5 s; make it shorter"),
+    ):
+        broken = copy.deepcopy(done)
+        broken.cells[cell].source = text
+        code, said = asked(broken)
+        assert code == 1 and line in said and "cannot be handed in yet" in said, said
+    (tmp_path / "00_tiny.ipynb").write_text("{", encoding="utf-8")
+    result = CliRunner().invoke(course.app, ["ready", str(tmp_path / "00_tiny.ipynb")])
+    assert result.exit_code == 1 and "expected a notebook" in result.stdout
 
 
 @pytest.mark.notebook
@@ -261,3 +440,16 @@ def test_bad_usage_ends_with_a_sentence(arguments, tmp_path):
     done = CliRunner().invoke(course.app, ["grade", str(tmp_path), *arguments])
     assert done.exit_code == 2
     assert ("no assignment '05_nowhere'" if arguments else "expected one folder per student") in done.output
+
+
+def test_the_instructors_table_counts_what_is_there():
+    rows = (FOLDER / "INSTRUCTOR.md").read_text(encoding="utf-8")
+    for name, source in SOURCES.items():
+        texts = [c for c in source.cells if c.cell_type == "markdown" and not course.tagged(c, "answer")]
+        blocks = [
+            m[0] for c in source.cells if course.tagged(c, "exercise") for m in course.SOLUTION.finditer(c.source)
+        ]
+        lines = [line for block in blocks for line in course.MARKS.sub("", block).splitlines() if line.strip()]
+        words = sum(len(cell.source.split()) for cell in texts)
+        (row,) = re.findall(rf"^\| `{name}` \|.*", rows, re.MULTILINE)
+        assert f"| {words} | {len(lines)} |" in row, f"{name}: {words} words, {len(lines)} lines"

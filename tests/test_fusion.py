@@ -44,6 +44,22 @@ def test_local_correlation_knows_its_extremes_and_ignores_contrast():
     assert local_correlation(p, F.instance_norm(m)).abs().mean() < 0.35
 
 
+def test_local_sums_are_those_of_the_whole_neighbourhood():
+    p, m = randn(2, 8, 16, 24), randn(2, 8, 16, 24, seed=1)
+    heads = [x.reshape(2, 4, 2, 16, 24).sum(2) for x in (p * m, p * p, m * m)]
+    box = torch.ones(4, 1, 5, 5)
+    inside = F.conv2d(torch.ones(1, 1, 16, 24), box[:1], padding=2)
+    pm, pp, mm = (F.conv2d(x, box, padding=2, groups=4) / inside for x in heads)
+    assert torch.allclose(local_correlation(p, m), pm / (pp * mm + 1e-6).sqrt(), atol=1e-5)
+
+
+def test_the_smoothed_lpet_keeps_its_precision_under_autocast():
+    x = 10 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        under = smooth(x)
+    assert under.dtype == torch.float32 and torch.equal(under, smooth(x))
+
+
 def test_attention_sees_its_block_and_a_halo_round_it():
     torch.manual_seed(0)
     fuse, p, m = GatedFusion(8), randn(1, 8, 16, 16), randn(1, 8, 16, 16, seed=1)

@@ -3,13 +3,20 @@
 import ast
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import comm
 import nbformat
 import pytest
+
+from mfdiff_lite import notebook
+from mfdiff_lite.look import knobs
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -18,6 +25,8 @@ MAGIC = "%matplotlib inline"
 _spec = importlib.util.spec_from_file_location("notebooks_run", ROOT / "notebooks" / "run.py")
 run = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(run)
+
+WITHOUT_KNOB = ("00_quickstart", "09_explorer")  # their viewer shows one case, in all planes
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -44,7 +53,34 @@ def test_runs(path, tmp_path):
     expected = json.loads((ROOT / "notebooks" / "expected_metrics.json").read_text(encoding="utf-8"))[path.stem]
     outside = {n: (found.get(n), r) for n, r in expected.items() if not r[0] <= found.get(n, float("nan")) <= r[1]}
     assert not outside, f"{path.name}: name: (found, expected range) {outside}"
-    assert executed.with_suffix(".html").stat().st_size > 0
+    controls = live_controls(executed.with_suffix(".html").read_text(encoding="utf-8"))
+    assert controls, f"{path.name}: no control on its page works without a kernel"
+    turned = [size for size, meta in controls if meta["knobs"]]
+    assert turned or path.stem in WITHOUT_KNOB, f"{path.name}: no knob to turn"
+    assert all(size <= 300_000 for size in turned), f"{path.name}: a knob of {max(turned)} bytes"
+
+
+def live_controls(page: str) -> list[tuple[int, dict]]:
+    """(bytes, what it knows of itself) of every viewer of a page that has its data and its script with it."""
+    inside = r'<script type="application/json">(.*?)</script><script>(.*?)</script>'
+    viewers = re.findall(rf'(<div class="mfdiff-viewer">.*?{inside})', page, re.DOTALL)
+    return [(len(all_of_it), json.loads(data)["meta"]) for all_of_it, data, script in viewers if ".mount(" in script]
+
+
+@each_notebook
+def test_has_a_control(path):
+    """Without running it: so that one that goes missing is noticed at once."""
+    code = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    assert ("mf.explore(" if path.stem in WITHOUT_KNOB else "mf.knobs(") in code
+
+
+def test_a_control_that_needs_a_kernel_is_noticed():
+    page = knobs({"dose": [4, 20]}, numbers={"noise": [1, 2]}).html()
+    ((size, meta),) = live_controls(f"<p>{page}</p>")
+    assert size < 80_000 and meta["knobs"][0]["choices"] == ["4", "20"]
+    assert not live_controls(re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))  # data without a script
+    assert not live_controls(re.sub(r'<script type="application/json">.*?</script>', "", page, flags=re.DOTALL))
+    assert not live_controls("<p>Error displaying widget: model not found</p>")
 
 
 def picture_problems(outputs) -> list[str]:
@@ -103,6 +139,9 @@ def structure_problems(notebook) -> list[str]:
         "parameters must have profile, seed, device, out_dir": len(trees) > 1
         and {"profile", "seed", "device", "out_dir"} <= _assigned(trees[1]),
         "the default profile must be smoke": len(code) > 1 and 'profile = "smoke"' in code[1].source,
+        "the cell after the parameters must begin with mf.start_notebook()": len(code) > 2
+        and code[2].source.startswith("mf.start_notebook()\n"),
+        "its results must go below the folder that it runs in": len(code) > 1 and 'out_dir = "runs/' in code[1].source,
         "it must open with a heading and Objectives, Needs, Time": head.cell_type == "markdown"
         and head.source.startswith("# ")
         and all(word in head.source for word in ("Objectives", "Needs", "Time")),
@@ -132,11 +171,12 @@ def _assigned(tree) -> set[str]:
 def fabricate(folder: Path, *sources: str, name: str = "05_made_up") -> Path:
     """A notebook that keeps every rule, with `sources` as its code cells after the parameters."""
     new = nbformat.v4
-    parameters = 'profile = "smoke"\nseed = 0\ndevice = "auto"\nout_dir = "../runs/05_made_up"'
+    parameters = 'profile = "smoke"\nseed = 0\ndevice = "auto"\nout_dir = "runs/05_made_up"'
     cells = [
         new.new_markdown_cell("# Made up\n**Objectives** a - b - c. **Needs** nothing. **Time** seconds."),
-        new.new_code_cell(f"import json\nimport pathlib\n\n{MAGIC}"),
+        new.new_code_cell(f"import json\nimport pathlib\n\nimport mfdiff_lite as mf\n\n{MAGIC}"),
         new.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        new.new_code_cell("mf.start_notebook()\n"),
         *[new.new_code_cell(source) for source in sources],
         new.new_markdown_cell("**Exercise** do it again. **Next** nothing."),
     ]
@@ -185,6 +225,95 @@ def test_harness_passes_parameters_and_writes_copy_and_html(tmp_path):
     assert any("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
     assert "data:image/png;base64" in executed.with_suffix(".html").read_text(encoding="utf-8")
     assert not structure_problems(nbformat.read(path, as_version=4))
+
+
+def test_pages_fold_tagged_code_and_keep_answers_closed(tmp_path):
+    """Also: a picture that is attached to a cell is in the page."""
+    new = nbformat.v4
+    box = "> **Predict.** What?\n\n<details><summary>Answer</summary>\n\nThis *answer*.\n\n</details>"
+    drawn = new.new_markdown_cell("![a drawing](attachment:a.svg)")
+    drawn["attachments"] = {"a.svg": {"image/svg+xml": "PHN2Zy8+"}}
+    folded = new.new_code_cell("hidden = 1", metadata={"tags": ["hide-input"]})
+    cells = [new.new_markdown_cell(box), drawn, folded, new.new_code_cell("shown = 2")]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(new.new_notebook(cells=cells), path)
+    run.write_page(path)
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    answer = page.split("<summary>Answer</summary>")[1].split("</details>")[0]
+    assert "This <em>answer</em>" in answer
+    code = page.split('<details class="folded">')
+    assert len(code) == 2 and "hidden" in code[1].split("</details>")[0] and "shown" in code[1].split("</details>")[1]
+    assert "data:image/svg+xml;base64,PHN2Zy8+" in page
+
+
+# Plain papermill, from any folder
+
+
+def papermill(folder, *arguments):
+    command = [sys.executable, "-m", "papermill", *map(str, arguments), "--no-progress-bar"]
+    environment = {name: value for name, value in os.environ.items() if name not in notebook.LIVE}
+    environment |= {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def fabricated(tmp_path):
+    """A notebook with a formula, an explorer, a file that it writes; and another folder to run it from."""
+    path = fabricate(
+        tmp_path,
+        "import numpy as np\nfrom IPython.display import Markdown\nmf.explore({'LPET': np.ones((8, 9, 4))})",
+        "Markdown(r'$\\bar\\alpha * x * y$, an amount of $5 and <b>more</b>')",
+        "pathlib.Path(out_dir).mkdir(parents=True)\n(pathlib.Path(out_dir) / 'profile.txt').write_text(profile)",
+    )
+    (tmp_path / "elsewhere").mkdir()
+    return path
+
+
+@pytest.mark.notebook
+def test_plain_papermill_writes_below_the_folder_it_runs_in_and_needs_no_widgets(fabricated):
+    here = fabricated.parent / "elsewhere"
+    done = papermill(here, fabricated, "out.ipynb", "-p", "profile", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert (here / "runs/05_made_up/profile.txt").read_text() == "cpu"
+    assert sorted(path.name for path in fabricated.parent.iterdir()) == ["05_made_up.ipynb", "elsewhere"]
+    executed = nbformat.read(here / "out.ipynb", as_version=4)
+    assert "widgets" not in executed.metadata
+    command = [sys.executable, str(ROOT / "notebooks/run.py"), "--page", str(here / "out.ipynb")]
+    made = subprocess.run(command, cwd=fabricated.parent, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0 and made.stdout == f"{here / 'out.html'}\n", made.stderr
+    page = (here / "out.html").read_text(encoding="utf-8")
+    assert page.count("<math") == 1 and "$5 and" in page and "mfdiffViewers" in page
+    assert not re.search(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"'](?!data:|#)", page)
+    scripts = re.findall(r"<script.*?</script>", page, re.DOTALL)
+    assert scripts and not [one for one in scripts if run.FETCHES.search(one)], "scripts that fetch others"
+
+
+@pytest.mark.notebook
+def test_plain_papermill_refuses_a_parameter_that_the_notebook_does_not_have(fabricated):
+    done = papermill(fabricated.parent, fabricated, "out.ipynb", "-p", "sede", "3")
+    assert done.returncode != 0 and "found 'sede'; did you mean 'seed'?" in done.stderr
+    assert not (fabricated.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [
+        (["", "seed = 0", "# Parameters\nseed = 3\n"], ""),
+        (["", "seed = 0", "other = 1"], ""),  # a notebook that a person runs
+        (["", "seed: int = 0", "# Parameters\nsede = 3\n"], "found 'sede'; did you mean 'seed'?"),
+        (["", "seed, where = 0, 1\nout_dir = 'x'", "# Parameters\nzzz = 3\n"], "found 'zzz'; choose one of out_dir"),
+    ],
+)
+def test_parameters_are_those_of_the_cell_before(cells, sentence, monkeypatch):
+    monkeypatch.setattr(notebook, "get_ipython", lambda: SimpleNamespace(user_ns={"In": cells}))
+    monkeypatch.setenv(notebook.LIVE[0], "somebody sits here")
+    before = comm.create_comm
+    if sentence:
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            notebook.start_notebook()
+    else:
+        notebook.start_notebook()
+    assert comm.create_comm is before, "widgets must stay alive"
 
 
 @pytest.mark.notebook
@@ -261,6 +390,8 @@ def test_command_line_refuses_bad_usage(arguments, sentence):
         (lambda nb: nb.cells[2].metadata.clear(), "tagged 'parameters'"),
         (lambda nb: nb.cells[2].update(source='profile = "smoke"'), "seed, device, out_dir"),
         (lambda nb: nb.cells[3].update(execution_count=1), "stores outputs"),
+        (lambda nb: nb.cells[3].update(source="x = 1"), "start_notebook"),
+        (lambda nb: nb.cells[2].update(source=nb.cells[2].source.replace("runs/", "../runs/")), "below the folder"),
         (lambda nb: nb.cells[0].update(source="# Made up"), "Objectives"),
         (lambda nb: nb.cells.pop(), "must end"),
     ],

@@ -33,9 +33,12 @@ ORDER = [
     "anatomy",
     "phantom",
     "scan",
+    "sidecar",
     "files",
     "view",
     "noise",
+    "checks",
+    "record",
     "scanner",
     "cohort",
     "layers",
@@ -51,20 +54,26 @@ ORDER = [
     "evaluation",
     "readers",
     "readers.brainweb",
+    "readers.cases",
     "readers.frames",
+    "readers.register",
     "look.panes",
     "look.page",
-    "look.explorer",
+    "look.viewer",
+    "look.report",
     "look",
+    "notebook",
     "__main__",
 ]
 CONDA_NAMES = {"pytorch": "torch"}
 IMPORT_NAMES = {  # where the import is not the distribution's name with _ for -
+    "astra-toolbox": "astra",
     "ipython": "IPython",
     "pillow": "PIL",
     "pytest-xdist": "xdist",
     "pyyaml": "yaml",
     "scikit-image": "skimage",
+    "simpleitk": "SimpleITK",
 }
 
 
@@ -153,10 +162,10 @@ def test_every_requirement_can_be_imported(name):
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("mfdiff_lite", ["train"]),
+        ("mfdiff_lite", ["train", "register", "dicom"]),
         ("notebooks", ["book"]),
         ("data", ["course"]),
-        ("benchmarks", ["bench"]),
+        ("benchmarks", ["bench", "dev"]),
         ("tests", ["dev"]),
     ],
 )
@@ -177,7 +186,8 @@ def test_a_plain_install_holds_what_the_library_imports():
     used = {name.split(".")[0] for path in sources(LIBRARY) for _, name in imports_of(tree_of(path))}
     unused = {name for name in requirements() if import_name(name) not in used}
     assert not unused, f"belongs into an extra: {unused}"
-    extra = {import_name(name) for name in set(requirements("train")) - set(requirements())}
+    extras = requirements("train", "register", "dicom")
+    extra = {import_name(name) for name in set(extras) - set(requirements())}
     for path in sources(LIBRARY):
         at_import = ast.Module([node for node in tree_of(path).body if not isinstance(node, DEFINED)], [])
         found = {name.split(".")[0] for _, name in imports_of(at_import)} & extra
@@ -337,7 +347,7 @@ def test_module_imports_only_from_above(path):
 
 @each_module
 def test_module_imports_nothing_out_of_place(path):
-    owners = {"ipywidgets": "look.explorer", "typer": "__main__", "argparse": "__main__", "click": "__main__"}
+    owners = {"anywidget": "look.viewer", "typer": "__main__", "argparse": "__main__", "click": "__main__"}
     for line, name in imports_of(tree_of(path)):
         top = name.split(".")[0]
         assert owners.get(top, dotted(path)) == dotted(path), f"{path.name}:{line}: only {owners[top]} imports {top}"
@@ -364,14 +374,14 @@ def test_architecture_rules_notice(tmp_path):
     assert "config" in above("scan")
     lines = [
         "from . import page, name",
-        "from .explorer import explore",
+        "from .viewer import explore",
         "from ..scan import Scan",
         "from .. import model",
     ]
     path.write_text("\n".join([*lines, "from mfdiff_lite import look", "import json"]), encoding="utf-8")
     found = [name for _, name in library_imports(path, ("mfdiff_lite", "look"))]
-    assert found == ["look.page", "look", "look.explorer", "scan", "model", "look"]
-    assert {"look.page", "look.explorer", "look"} & above("look.panes") == set() and "look.page" in above("look")
+    assert found == ["look.page", "look", "look.viewer", "scan", "model", "look"]
+    assert {"look.page", "look.viewer", "look"} & above("look.panes") == set() and "look.page" in above("look")
 
 
 # Measures
@@ -397,7 +407,7 @@ def test_the_library_does_not_grow_unnoticed():
     """All lines; and lines of code without looking, command line and foreign formats. Raising a bound is a decision."""
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES)
     core = [p for p in MODULES if p.parent == LIBRARY and p.stem != "__main__"]
-    assert lines <= 5750 and sum(map(code_lines, core)) <= 2950
+    assert lines <= 7600 and sum(map(code_lines, core)) <= 3700
 
 
 def code_lines(path: Path) -> int:

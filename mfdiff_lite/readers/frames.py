@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 
 from ..files import on_grid_of, quiet_nibabel, read_image
-from ..scan import Scan
+from ..scan import Scan, activity_of
 
 
 def short_frame_scan(
@@ -37,7 +37,7 @@ def short_frame_scan(
     The halves share no frame, so their noise is independent; the LPET's frames are also in the SPET, as in list-mode
     thinning. Frames of one duration are asked for and decay-corrected ones assumed; their counts still fall with the
     decay and change with the tracer, so the true ratio of counts is only close to `dose_reduction`. Corrected images of
-    real scans can have negative voxels: the halves and the SPET are clipped at 0 after averaging. Nothing realigns the
+    real scans can have negative voxels: they are clipped at 0 after averaging, with a warning. Nothing realigns the
     frames, and the MR is placed by the affines alone. The unit is the sidecar's `Units`.
 
     Frames are read one by one, so memory holds a few volumes, not the series. Raises OSError when a file cannot be
@@ -148,4 +148,4 @@ def _means(pet_path: str | Path, image: nib.Nifti1Image, frames: list[int], low:
             for total, group in zip(sums, groups, strict=True):
                 if number in group:
                     total += frame
-    return [(total / len(group)).clip(min=0).astype(np.float32) for total, group in zip(sums, groups, strict=True)]
+    return [activity_of(total / len(group), str(pet_path)) for total, group in zip(sums, groups, strict=True)]

@@ -3,6 +3,7 @@
     python notebooks/assignments/course.py build --out runs/course
     python notebooks/assignments/course.py grade SUBMISSIONS --out grades.csv
     python notebooks/assignments/course.py grade SUBMISSIONS 01_counts        only this one
+    python course.py ready 01_counts.ipynb        for students: can this file be handed in?
 
 SUBMISSIONS holds one folder per student with the notebooks in it. Student code runs with your rights and is NOT
 sandboxed: grade in a container without network and without anything that you would miss (INSTRUCTOR.md).
@@ -10,16 +11,20 @@ sandboxed: grade in a container without network and without anything that you wo
 A source NN_name.ipynb holds task, solution and checks. Tags: `exercise`, what students write in, the solution between
 ### BEGIN SOLUTION and ### END SOLUTION; `check`, whose first line says number, points and idea; `hidden`, the same
 between ### BEGIN HIDDEN TESTS and ### END HIDDEN TESTS, right after a `check`, which students do not get; `look`, a
-picture or table that needs their work.
+picture or table that needs their work; `answer`, text in the place of a model answer with its rubric, for a person to
+read; the question is the cell before.
 """
 
 import copy
 import csv
+import hashlib
+import html
 import os
 import re
 import secrets
 import shutil
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -33,6 +38,9 @@ HERE = Path(__file__).resolve().parent
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?### END SOLUTION[^\n]*$", re.DOTALL | re.MULTILINE)
 MARKS = re.compile(r"^[ \t]*### (BEGIN|END) (SOLUTION|HIDDEN TESTS)[^\n]*\n?", re.MULTILINE)
 CHECK = re.compile(r"# Check (\d+) \((\d+) points?\): (.+)")  # number, points, idea
+QUESTION = re.compile(r"\*\*Question (\d+) \((\d+) points?\)\.\*\* (.+)", re.DOTALL)
+UNWRITTEN = 'raise NotImplementedError("write this")'
+UNANSWERED = "*Write your answer here.*"
 
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # "python3" means the kernel of the Python that runs this
 KERNEL = {
@@ -53,7 +61,10 @@ def sources(names: list[str] | None = None) -> dict[str, NotebookNode]:
     for name in wanted:
         if name not in known:
             raise FileNotFoundError(f"no assignment '{name}' in {HERE}; there are: {', '.join(known) or 'none'}")
-    return {name: nbformat.read(known[name], as_version=4) for name in wanted}
+    read = {name: nbformat.read(known[name], as_version=4) for name in wanted}
+    for name, source in read.items():
+        source.metadata["assignment"] = name
+    return read
 
 
 def tagged(cell: NotebookNode, *tags: str) -> bool:
@@ -62,15 +73,37 @@ def tagged(cell: NotebookNode, *tags: str) -> bool:
 
 
 def student_copy(source: NotebookNode) -> NotebookNode:
-    """The source without solutions and hidden checks."""
+    """The source without solutions and hidden checks; its checks print their verdict, its metadata know them."""
     notebook = copy.deepcopy(source)
     notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "hidden")]
     for cell in notebook.cells:
         if tagged(cell, "exercise"):
-            cell.source = SOLUTION.sub(r'\1raise NotImplementedError("write this")', cell.source)
+            cell.source = SOLUTION.sub(rf"\1{UNWRITTEN}", cell.source)
+        if tagged(cell, "answer"):
+            cell.source = UNANSWERED
         if tagged(cell, "check"):
+            cell.source = with_verdict(cell)
             cell.metadata |= {"editable": False, "deletable": False}
+    checks = {str(number(cell)): digest(cell) for cell in notebook.cells if tagged(cell, "check")}
+    notebook.metadata["checks"] = checks
     return notebook
+
+
+def with_verdict(check: NotebookNode) -> str:
+    """A check that prints one line: its points, or its hint without a traceback. Other errors are the student's own."""
+    first, _, body = check.source.partition("\n")
+    k, worth = CHECK.match(first).groups()[:2]
+    return (
+        f"{first}\ntry:\n{textwrap.indent(body, '    ')}\n"
+        "except (AssertionError, NotImplementedError) as hint:\n"
+        f'    print("Check {k}, not yet:", hint)\n'
+        f'else:\n    print("Check {k} passed: {worth} point{"s" * (worth != "1")}")'
+    )
+
+
+def digest(cell: NotebookNode) -> str:
+    """Fingerprint of a cell's source."""
+    return hashlib.sha256(cell.source.strip().encode()).hexdigest()
 
 
 def solution_copy(source: NotebookNode) -> NotebookNode:
@@ -110,7 +143,7 @@ def assembled(source: NotebookNode, submission: NotebookNode) -> tuple[list, dic
         elif not tagged(original, "check", "hidden"):
             place(original)
         elif tagged(original, "check") and number(original) in left:
-            if cell.source.strip() != original.source.strip():
+            if cell.source.strip() not in (original.source.strip(), with_verdict(original)):
                 notes.append(f"check {number(original)} had been changed, put back")
             place(original)
     while left:
@@ -133,6 +166,24 @@ def points(source: NotebookNode) -> dict[int, int]:
     """Number of each check -> its points."""
     checks = [cell for cell in source.cells if tagged(cell, "check", "hidden")]
     return {number(cell): int(CHECK.match(cell.source)[2]) for cell in checks}
+
+
+def questions(source: NotebookNode) -> dict[int, tuple[int, str]]:
+    """Number of each question -> its points and text."""
+    found = filter(None, (QUESTION.match(cell.source) for cell in source.cells if cell.cell_type == "markdown"))
+    return {int(one[1]): (int(one[2]), one[3]) for one in found}
+
+
+def answers(source: NotebookNode, submission: NotebookNode) -> dict[int, str]:
+    """Number of each question -> what the student wrote, "" for nothing; known by id, else by tag and order."""
+    wanted = [cell.id for cell in source.cells if tagged(cell, "answer")]
+    there = {cell.get("id"): cell for cell in submission.cells}
+    found = [there.get(one) for one in wanted]
+    if None in found:
+        marked = [cell for cell in submission.cells if tagged(cell, "answer")]
+        found = marked if len(marked) == len(wanted) else found
+    texts = ["" if cell is None else cell.source.replace(UNANSWERED, "").strip() for cell in found]
+    return dict(zip(questions(source), texts, strict=True))
 
 
 def execute(cells: list[NotebookNode], seconds: float) -> list[str]:
@@ -201,19 +252,126 @@ def self_test(name: str, source: NotebookNode, seconds: float) -> None:
             raise BrokenEnvironment(f"{name}: {what} {found}. Nobody was graded; repair this first.")
 
 
-def grade_folder(folder: Path, name: str, source: NotebookNode, seconds: float) -> tuple[dict[int, int], list[str]]:
-    """Grade one student's NN_name.ipynb; a browser's "NN_name (1).ipynb" will do."""
-    nothing = dict.fromkeys(points(source), 0)
+def grade_folder(
+    folder: Path, name: str, source: NotebookNode, seconds: float
+) -> tuple[dict[int, int], list[str], dict[int, str]]:
+    """Grade one student's NN_name.ipynb: points, notes, answers. A browser's "NN_name (1).ipynb" will do."""
+    nothing, silent = dict.fromkeys(points(source), 0), dict.fromkeys(questions(source), "")
     found = sorted(folder.glob(f"{name}*.ipynb"), key=lambda path: (path.stem != name, path.name))
     if not found:
-        return nothing, [f"no {name}.ipynb"]
+        return nothing, [f"no {name}.ipynb"], silent
     try:
         submission = nbformat.read(found[0], as_version=4)
         nbformat.validate(submission)
     except Exception as error:  # anything may be in that file, and nbformat has no error of its own for most of it
-        return nothing, [f"{found[0].name} is not a readable notebook ({type(error).__name__})"]
+        return nothing, [f"{found[0].name} is not a readable notebook ({type(error).__name__})"], silent
     scores, notes = grade_notebook(source, submission, seconds)
-    return scores, notes + ([f"graded {found[0].name} of {len(found)} files"] if len(found) > 1 else [])
+    notes += [f"graded {found[0].name} of {len(found)} files"] if len(found) > 1 else []
+    return scores, notes, answers(source, submission)
+
+
+STYLE = """
+:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
+body { max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
+td, th { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #8886 }
+td:nth-child(2) { white-space: nowrap }
+blockquote { white-space: pre-wrap; border-left: 3px solid #8886; margin: .5rem 0; padding-left: 1rem }
+"""
+
+
+def page(title: str, body: list[str]) -> str:
+    """A page of its own, with nothing to fetch."""
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    lines = ["<!DOCTYPE html>", f'<html lang="en"><head>{head}<style>{STYLE}</style></head><body>']
+    return "\n".join([*lines, f"<h1>{html.escape(title)}</h1>", *body, "</body></html>", ""])
+
+
+def feedback(name: str, source: NotebookNode, scores: dict, notes: list[str], written: dict[int, str]) -> list[str]:
+    """One assignment on a student's page. Of hidden checks it gives the points alone."""
+    told = {k: "" for k in scores}
+    hidden = {number(cell): first_line(cell) for cell in source.cells if tagged(cell, "hidden")}
+    others = []
+    for note in notes:
+        check = re.match(r"check (\d+): (?:AssertionError: )?(.*)", note, re.DOTALL)
+        if check:
+            told[int(check[1])] = check[2]
+        else:
+            for line in hidden.values():
+                note = note.replace(line[:60], "a further check")
+            others.append(note)
+    worth, total = points(source), sum(scores.values())
+    rows = [f"<h2>{html.escape(name)}: {total} of {sum(worth.values())} points for checks</h2>", "<table>"]
+    for cell in (cell for cell in source.cells if tagged(cell, "check")):
+        k, _, idea = CHECK.match(cell.source).groups()
+        found = (f"Check {k}: {idea}", f"{scores[int(k)]} of {worth[int(k)]}", told[int(k)])
+        rows.append("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in found) + "</tr>")
+    if hidden:
+        reached = f"{sum(scores[k] for k in hidden)} of {sum(worth[k] for k in hidden)}"
+        rows.append(f"<tr><td>Further checks, of other numbers</td><td>{reached}</td><td></td></tr>")
+    rows += ["</table>", *(f"<p>{html.escape(note)}</p>" for note in others)]
+    for k, (worth_it, _) in questions(source).items():
+        text = html.escape(written[k]) or "<em>no answer</em>"
+        rows.append(f"<p>Question {k}, read by a person: ___ of {worth_it}</p><blockquote>{text}</blockquote>")
+    return rows
+
+
+def answers_page(chosen: dict[str, NotebookNode], students: dict[str, dict]) -> str:
+    """For whoever marks: question by question, the rubric and then everybody's answer."""
+    body = []
+    for name, source in chosen.items():
+        models = [MARKS.sub("", cell.source).strip() for cell in source.cells if tagged(cell, "answer")]
+        for (k, (worth, text)), model in zip(questions(source).items(), models, strict=True):
+            body.append(f"<h2>{html.escape(name)}, question {k} ({worth} points)</h2><p>{html.escape(text)}</p>")
+            body.append("<details><summary>Model answer and rubric</summary>")
+            body.append(f"<blockquote>{html.escape(model)}</blockquote></details>")
+            for student, graded in students.items():
+                answer = html.escape(graded[name][2][k]) or "<em>no answer</em>"
+                body.append(f"<h3>{html.escape(student)}</h3><blockquote>{answer}</blockquote>")
+    return page("Answers", body)
+
+
+def inspect(path: Path, seconds: float) -> tuple[list[str], list[str]]:
+    """What keeps a file from being handed in, and what is not done yet. Runs it in a kernel and folder of its own."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:  # as in grade_folder
+        return [f"{path.name}: expected a notebook, found {type(error).__name__}; save it again in Jupyter"], []
+    name, checks = notebook.metadata.get("assignment"), notebook.metadata.get("checks", {})
+    if not name or not checks:
+        return [f"{path.name}: expected a notebook of the course; copy your cells into a fresh one"], []
+    stops = [] if path.stem == name else [f"{path.name}: expected the name {name}.ipynb; rename it"]
+    there = {number(cell): digest(cell) for cell in notebook.cells if CHECK.match(cell.source)}
+    for k, wanted in checks.items():
+        if there.get(int(k)) != wanted:
+            stops.append(f"check {k}: {'changed' if int(k) in there else 'missing'}; take it from a fresh copy")
+    open_ends = [
+        f"{first_line(cell)[2:]}: not written"
+        for cell in notebook.cells
+        if UNWRITTEN in cell.source and tagged(cell, "exercise")
+    ]
+    blank = [
+        cell for cell in notebook.cells if tagged(cell, "answer") and not cell.source.replace(UNANSWERED, "").strip()
+    ]
+    open_ends += [f"answers: {len(blank)} of {sum(tagged(c, 'answer') for c in notebook.cells)} not written"] * bool(
+        blank
+    )
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    stops += execute(cells, seconds)
+    for cell in cells:
+        said = "".join(output.get("text", "") for output in cell.get("outputs", [])).strip()
+        why = failure(cell, seconds)
+        if CHECK.match(cell.source):
+            open_ends += (
+                [] if f"Check {number(cell)} passed" in said else [why and f"check {number(cell)}: {why}" or said]
+            )
+        elif "stopped after" in why:
+            stops.append(f"cell '{first_line(cell)[:60]}': {why}; make it shorter")
+        elif why and UNWRITTEN[6:25] not in why:
+            open_ends.append(f"cell '{first_line(cell)[:60]}': {why}")
+    return stops, open_ends
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Student copies and grades.")
@@ -228,7 +386,8 @@ def build(
         (out / part).mkdir(parents=True, exist_ok=True)
         for name, source in sources().items():
             nbformat.write(made(source), out / part / f"{name}.ipynb")
-    shutil.copy(HERE / "STUDENT.md", out / "student" / "README.md")
+    for name, called in (("STUDENT.md", "README.md"), ("PROJECT.md", "PROJECT.md"), ("course.py", "course.py")):
+        shutil.copy(HERE / name, out / "student" / called)
     shutil.copytree(HERE, out / "autograder", ignore=shutil.ignore_patterns("[._]*"), dirs_exist_ok=True)
     typer.echo(f"{len(sources())} assignments in {out / 'student'}, {out / 'solution'}, {out / 'autograder'}")
 
@@ -240,7 +399,8 @@ def grade(
     out: Path = typer.Option(Path("grades.csv"), help="One row per student."),
     cell_seconds: float = typer.Option(60, help="Time limit of one cell."),
 ) -> None:
-    """Grade a folder of submissions into a CSV, after a test that grading works here at all."""
+    """Grade a folder of submissions into a CSV, after a test that grading works here at all. Beside the CSV: a page of
+    feedback for each student, and one with all answers to mark."""
     students = sorted(path for path in submissions.iterdir() if path.is_dir() and path.name[0] != ".")
     try:
         chosen = sources(names)
@@ -257,16 +417,43 @@ def grade(
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     columns = {(n, k): f"{n[:2]}.{k} (of {p})" for n, source in chosen.items() for k, p in points(source).items()}
+    asked = [f"{n[:2]}.Q{k} (of {p})" for n, source in chosen.items() for k, (p, _) in questions(source).items()]
+    beside, everybody = out.with_name(f"{out.stem}-feedback"), {}
+    beside.mkdir(exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream)
-        table.writerow(["student", *columns.values(), "total", "notes"])
+        table.writerow(["student", *columns.values(), "total", *asked, "notes"])
         for student in students:
             graded = {name: grade_folder(student, name, source, cell_seconds) for name, source in chosen.items()}
+            everybody[student.name] = graded
             scores = [graded[name][0][check] for name, check in columns]
-            notes = "; ".join(f"{name[:2]}: {note}" for name, (_, found) in graded.items() for note in found)
-            table.writerow([student.name, *scores, sum(scores), notes])
+            notes = "; ".join(f"{name[:2]}: {note}" for name, (_, found, _) in graded.items() for note in found)
+            table.writerow([student.name, *scores, sum(scores), *[""] * len(asked), notes])
             stream.flush()
+            body = [row for name, source in chosen.items() for row in feedback(name, source, *graded[name])]
+            (beside / f"{student.name}.html").write_text(page(student.name, body), encoding="utf-8")
             typer.echo(f"{student.name}: {sum(scores)}")
+    if asked:
+        out.with_name(f"{out.stem}-answers.html").write_text(answers_page(chosen, everybody), encoding="utf-8")
+
+
+@app.command()
+def ready(
+    files: list[Path] = typer.Argument(..., exists=True, dir_okay=False, help="Your notebooks."),
+    cell_seconds: float = typer.Option(60, help="Time limit of one cell."),
+) -> None:
+    """For students: run a notebook from the top and say whether it can be handed in, and what is not done yet."""
+    stopped = False
+    for path in files:
+        stops, open_ends = inspect(path, cell_seconds)
+        stopped |= bool(stops)
+        verdict = (
+            "cannot be handed in yet" if stops else "ready" if open_ends else "ready, and all that you see is done"
+        )
+        typer.echo(f"{path.name}: {verdict}")
+        for line in (*(f"repair {one}" for one in stops), *(f"open: {one}" for one in open_ends)):
+            typer.echo(f"  {line}")
+    raise typer.Exit(int(stopped))
 
 
 if __name__ == "__main__":
