@@ -217,7 +217,7 @@ def fitted_blur(activity: np.ndarray, clean: np.ndarray, mask: np.ndarray, voxel
 def reference(model: MFdiff, view: ModelView, boxed: Any) -> dict[str, Any]:
     """What the package makes of the middle slice, and the noise that it began with."""
     z, samples, seed = view.shape[2] // 2, CHECKED["samples"], CHECKED["seed"]
-    restored = model.restore(view.scan, samples, seed=seed)
+    restored = model.restore(view.scan, samples, seed=seed, precision="float32")
     padded = view.slices(np.array([z]))["lpet"].shape[-2:]
     noise = paired_noise(samples, tuple(padded), [seed, z]).numpy()[::2]  # of each pair the first
     images = {name: boxed(getattr(restored, name))[z] for name in ("mean", "std", "coarse", "gate")}

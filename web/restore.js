@@ -92,15 +92,17 @@ function modelView(scan, settings) {
   return { lpet, mr: scaleMr(scan.mr, mask), dose: scan.dose, value, coarse: {} };
 }
 
-// Slice z with its neighbours, (context, H, W): ends repeat, sides are padded with air; mirrored: x reversed.
+// Slice z with its neighbours, (context, H, W): ends repeat, sides are padded as their edges are; mirrored: x reversed.
 function stack(volume, z, mirrored, { context, padded: [height, width] }) {
   const [depth, rows, columns] = volume.shape;
   const result = new Float32Array(context * height * width);
   for (let n = 0; n < context; n++) {
     const near = Math.min(Math.max(z + n - (context >> 1), 0), depth - 1);
-    for (let x = 0; x < rows; x++) {
-      const row = volume.data.subarray((near * rows + x) * columns, (near * rows + x + 1) * columns);
-      result.set(row, (n * height + (mirrored ? height - 1 - x : x)) * width);
+    for (let x = 0; x < height; x++) {
+      const first = (near * rows + Math.min(x, rows - 1)) * columns;
+      const place = (n * height + (mirrored ? height - 1 - x : x)) * width;
+      result.set(volume.data.subarray(first, first + columns), place);
+      result.fill(volume.data[first + columns - 1], place + columns, place + width);
     }
   }
   return result;
@@ -218,7 +220,7 @@ const meanOf = (images) => images[0].map((_, i) => images.reduce((sum, image) =>
 function summary(images, coarse, correction, value) {
   const inUnits = (image) => image.map((scaled, i) => Math.max(scaled + correction[i], 0) * value);
   const mean = images.length ? meanOf(images) : coarse;
-  const spread = (i) => Math.sqrt(images.reduce((sum, image) => sum + (image[i] - mean[i]) ** 2, 0) / images.length);
+  const spread = (i) => Math.sqrt(images.reduce((sum, image) => sum + (image[i] - mean[i]) ** 2, 0) / (images.length - 1));
   const std = images.length > 1 ? mean.map((_, i) => spread(i) * value) : new Float32Array(mean.length);
   return { mean: inUnits(mean), std, coarse: inUnits(coarse), samples: images.length };
 }
