@@ -156,12 +156,14 @@ def packed(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 def step(image: np.ndarray) -> float:
     """Of 16-bit numbers that stand for an image of at least 0. A power of two: a part of a rounded image has a smaller
     step at most, and keeps its values."""
-    return float(2 ** np.ceil(np.log2(max(float(image.max()), 1e-9) / 65535)))
+    return float(2.0 ** np.ceil(np.log2(max(float(image.max()), 1e-9) / 65535)))
 
 
 def in_16_bits(image: np.ndarray) -> np.ndarray:
-    """An image of at least 0 as the page gets it: what the page and the package restore must be the same numbers."""
-    return (np.round(image / step(image)) * step(image)).astype(np.float32)
+    """An image of at least 0 as the page gets it: what the page and the package restore must be the same numbers.
+    Dim air does not become 0, which would mean "cut away" to the package."""
+    steps = np.where(image > 0, np.maximum(np.round(image / step(image)), 1), 0)
+    return (steps * step(image)).astype(np.float32)
 
 
 def text_of(data: bytes) -> str:
@@ -184,7 +186,11 @@ def stored_case(model: MFdiff, case: Case, patient: VirtualPatient, doses: Itera
 
     arrays = {f"lpet{dose}": boxed(one.lpet) for dose, one in scans.items()}
     arrays |= {name: boxed(getattr(scan, name)) for name in ("mr", "spet", "activity")}
-    arrays |= {"brain": boxed(scan.mask).astype(np.uint8), "tissues": boxed(scan.tissues), "lesions": boxed(scan.lesions)}
+    arrays |= {
+        "brain": boxed(scan.mask).astype(np.uint8),
+        "tissues": boxed(scan.tissues),
+        "lesions": boxed(scan.lesions),
+    }
     clean = scanner.reconstruct(scanner.expected(patient.activity, patient.attenuation))
     return {
         "title": case.title,

@@ -59,7 +59,8 @@ function percentile(values, percent) {
   return sorted[low] + (place - low) * (sorted[high] - sorted[low]);
 }
 
-// The LPET's own scale: its mean inside a rough brain becomes 1.
+// The LPET's own scale: its mean inside a rough brain becomes 1. The package also looks for what is no brain (a marker,
+// a block of zeros); the stored cases have none inside the head.
 function activityScale(lpet, settings) {
   const smooth = gaussian(lpet, Array(3).fill(settings.smooth_sd)).data;
   let top = 0;
