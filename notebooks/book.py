@@ -156,8 +156,8 @@ def write_sources(executed: Path, source: Path) -> None:
     about, claims = dict(ABOUT.findall(readme)), readme.split("\n## What the paper claims")
     rows = [f"| [{path.stem}](notebooks/{path.name}) | {about.get(path.name, '')} |" for path in copies]
     index = [readme.split("\n## ")[0], *["## What the paper claims" + part.split("\n## ")[0] for part in claims[1:]]]
-    if PAGE.is_dir():
-        index += [f'<p><a href="{PAGE.name}/try.html">Restore a slice in this browser</a></p>', ""]
+    link = f'<p><a href="{PAGE.name}/try.html">Restore a slice in this browser</a></p>'
+    index += [link, ""] * PAGE.is_dir()
     index += ["## The notebooks", f"Executed with profile {', '.join(sorted(profiles))}.", ""]
     index += ["| | |", "|---|---|", *rows, "", "Every public name: [the library](library.rst).", ""]
     index += ["Words: [glossary](docs/glossary.md). Symbols: [notation](docs/notation.md).", ""]
