@@ -363,6 +363,18 @@ def restore_block() -> str:
     return results.table_block(stored("restore")["tables"], stored("restore")["setting"])
 
 
+def checks_block() -> str:
+    """How often the checks of a scan are right, and how far the registration is off: the rows of the targets."""
+    rows = [
+        row for row in stored("targets") if row["id"].startswith(("real.warned", "real.false", "real.registration"))
+    ]
+    lines = ["| | found | must | |", "|---|---|---|---|"]
+    for row in rows:
+        found, must = f"{row['value']:.3g} {row['unit']}", f"{row['sense']} {row['must']:g} {row['unit']}"
+        lines.append(f"| {row['relation']} | {found} | {must} | {'met' if row['met'] else '**missed**'} |")
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS: dict[str, Callable[[dict[str, Number]], str]] = {
     "results": lambda found: restore_block(),
     "evidence": lambda found: evidence.table_block(stored("evidence")),
@@ -370,6 +382,7 @@ BLOCKS: dict[str, Callable[[dict[str, Number]], str]] = {
     "ablations": lambda found: ablations.table_block(stored("ablations")["variants"]),
     "continued": lambda found: continued_block(),
     "adaptation": lambda found: adaptation_block(),
+    "checks": lambda found: checks_block(),
     "real": lambda found: real.table_block(stored("real")),
     "claims": claims_table,
     "claims_page": lambda found: claims_table(found, "../"),

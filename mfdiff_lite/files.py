@@ -212,7 +212,7 @@ def _what_is_there(path: Path) -> tuple[str, str]:
         if "annex" in str(path.readlink()):
             return "a git-annex link whose content is not here", "fetch it, e.g. with datalad get"
         return "a link to nothing", "check where it leads"
-    return ("a folder without DICOM" if path.is_dir() else "nothing"), "check the path"
+    return ("a folder" if path.is_dir() else "nothing"), "check the path"
 
 
 SIGNATURES = (  # (offset, bytes, what it is, what to do)
@@ -297,9 +297,8 @@ def save_volume(
     image = nib.Nifti1Image(volume[..., None] if volume.ndim == 2 else volume, scan.affine, scan.header)
     image.set_data_dtype(np.float32)
     image.header.set_slope_inter(1, 0)
-    space, time = image.header.get_xyzt_units()
-    if space == "unknown":
-        image.header.set_xyzt_units("mm", time)
+    if scan.header is None:
+        image.header.set_xyzt_units("mm")
     image.header["descrip"] = description.encode()[:79]
     with whole_file(path, force) as partial:
         image.to_filename(partial)

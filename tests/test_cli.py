@@ -495,10 +495,8 @@ def test_existing_outputs_need_force(tmp_path, files, weights):
     assert tree(tmp_path) == before
     result = restore(lpet, mr, target, weights, "--force")
     assert result.exit_code == 0, result.output
-    assert nib.load(target).shape == head().shape and sorted(p.name for p in out.iterdir()) == [
-        "out.json",
-        "out.nii.gz",
-    ]
+    assert nib.load(target).shape == head().shape
+    assert sorted(p.name for p in out.iterdir()) == ["out.json", "out.nii.gz"]
 
 
 def test_simulate_and_evaluate_need_force_too(case, tmp_path):

@@ -176,6 +176,7 @@ def test_the_header_is_kept_and_says_what_was_done(tmp_path):
     image = nib.Nifti1Image(np.ones((6, 7, 8), np.float32), sform)
     image.set_sform(sform, 4)
     image.set_qform(qform, 1)
+    image.header.set_xyzt_units("mm")
     nib.save(image, tmp_path / "in.nii.gz")
     scan = load_scan(tmp_path / "in.nii.gz", dose_reduction=4)
     saved = nib.load(save_volume(tmp_path / "out.nii.gz", scan.lpet, scan, description="mean of 8 samples"))

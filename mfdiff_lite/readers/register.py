@@ -3,8 +3,8 @@
     T = argmax MI(LPET, MR(T .))        T: rotation about the head's centre and translation, world mm
                                         Mattes et al., IEEE TMI 2003; three resolutions, from the better of two starts
 
-SimpleITK is a wheel of 50 MB under Apache-2.0 and needs NumPy alone; antspyx (Apache-2.0) brings more than 200 MB with
-its requirements for deformations that are not wanted here, and dipy (BSD) has no MI sampling that a noisy PET needs.
+SimpleITK (Apache-2.0) needs NumPy alone. antspyx (Apache-2.0) brings requirements for deformations that are not wanted
+here.
 The method never imports this module: it makes a scan whose MR lies on the PET's grid, as any other.
 """
 
