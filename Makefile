@@ -27,7 +27,7 @@ STAMP_BENCH := $(VENV)/.installed-bench
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence checks detection ablations adaptation real fuzz course-targets viewer-targets pages bench gpu anatomies lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence checks detection ablations adaptation real fuzz course-targets viewer-targets pages bench gpu anatomies web web-targets lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -129,6 +129,12 @@ pages: $(STAMP_DEV)  ## write tables, claims and sentences about results/ into R
 
 anatomies: $(STAMP_DEV)  ## rebuild the embedded anatomies and compare with the stored files
 	$(PY) data/build_anatomies.py --check $(ARGS)
+
+web: $(STAMP_DEV)  ## make the page on which the model restores in a browser (runs/web/try.html)
+	$(PY) web/build.py $(ARGS)
+
+web-targets: $(STAMP_DEV)  ## measure that page in headless Chromium (make web first)
+	$(PY) benchmarks/web.py $(ARGS)
 
 lint: $(STAMP_DEV)  ## ruff and mypy
 	$(PY) -m ruff check . $(ARGS)

@@ -24,6 +24,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 import mfdiff_lite
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "runs" / "web"  # of `make web`, where it was made: it goes into the book
 LINK = re.compile(r"\[([^][]*)]\(([^)\s#:]+)(?:#[^)\s]*)?\)")  # [text](file#place) with a relative file
 ABOUT = re.compile(r"^\| \[.*]\(notebooks/(\w+\.ipynb)\) \| (.*) \|$", re.MULTILINE)  # a row of the README's table
 DOWNLOADS = "downloads"
@@ -155,6 +156,8 @@ def write_sources(executed: Path, source: Path) -> None:
     about, claims = dict(ABOUT.findall(readme)), readme.split("\n## What the paper claims")
     rows = [f"| [{path.stem}](notebooks/{path.name}) | {about.get(path.name, '')} |" for path in copies]
     index = [readme.split("\n## ")[0], *["## What the paper claims" + part.split("\n## ")[0] for part in claims[1:]]]
+    link = f'<p><a href="{PAGE.name}/try.html">Restore a slice in this browser</a></p>'
+    index += [link, ""] * PAGE.is_dir()
     index += ["## The notebooks", f"Executed with profile {', '.join(sorted(profiles))}.", ""]
     index += ["| | |", "|---|---|", *rows, "", "Every public name: [the library](library.rst).", ""]
     index += ["Words: [glossary](docs/glossary.md). Symbols: [notation](docs/notation.md).", ""]
@@ -186,6 +189,8 @@ def build(executed: Path, out: Path) -> None:
         command = [sys.executable, "-m", "sphinx", "-q", "-d", f"{temporary}/doctrees", str(source), str(site)]
         if subprocess.run(command).returncode:
             raise BookError("Sphinx stopped, see its message above")
+        if PAGE.is_dir():
+            shutil.copytree(PAGE, site / PAGE.name)
         if out.exists():
             out.rename(Path(temporary, "earlier"))
         site.rename(out)

@@ -144,7 +144,7 @@ def benchmarks():
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
         patch.setitem(sys.modules, "results", script("results"))
         names = ("evidence", "ablations", "adaptation", "course", "viewer", "real", "second_head", "second_simulator")
-        names = (*names, "checks")
+        names = (*names, "checks", "web")
         yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
@@ -159,6 +159,7 @@ def test_every_goal_has_its_row(benchmarks):
             groups
             | {
                 "viewer": benchmarks["viewer"].GOALS,
+                "web": benchmarks["web"].GOALS,
                 "real": benchmarks["real"].GOALS | benchmarks["checks"].GOALS,
                 "course": {
                     **benchmarks["course"].GOALS,

@@ -166,6 +166,7 @@ def test_every_requirement_can_be_imported(name):
         ("notebooks", ["book"]),
         ("data", ["course"]),
         ("benchmarks", ["bench", "dev"]),
+        ("web", ["web"]),
         ("tests", ["dev"]),
     ],
 )
