@@ -37,6 +37,7 @@ from .scan import Scan
 from .view import FIDELITY_SD, ModelView
 
 STEPS, START = 6, 0.9  # sampler steps and warm start, chosen on validation patients (the start: by their spread)
+FIT_WEIGHT = 0.1  # of the loss of `fit` beside that of the images
 FIDELITY = 0.0  # default pull towards the measured LPET (chosen likewise)
 
 
@@ -91,11 +92,13 @@ class MFdiff(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The losses of stage 1. batch: see `SliceDataset.batch`; t: (B,); noise: (B, 1, H, W). Returns scalars
-        "coarse" and, with a denoiser, "diffusion"."""
+        "coarse", with the gated fusion "fit" and with a denoiser "diffusion"."""
         fused: Fused = self.fusion(batch["lpet"], batch["mr"], batch["dose"])
         residual = (batch["spet"] - fused.coarse) / residual_sd(batch["dose"])
         weight = batch["weight"] / batch["weight"].mean()
         losses = {"coarse": (weight * residual**2).mean()}
+        if "fits" in batch and self.settings["fusion"] == "gated":
+            losses["fit"] = FIT_WEIGHT * fit_loss(fused.fit, batch["fits"])
         if self.denoiser is not None:
             x0 = residual.detach()  # the coarse estimate learns from its own loss alone
             v = self._denoise(diffuse(x0, noise, t, self.schedule), t, batch["lpet"], fused.feature, batch["dose"])
@@ -219,6 +222,14 @@ class MFdiff(nn.Module):
                 "dB below the same slice of a volume: give the neighbouring slices too",
                 stacklevel=3,
             )
+
+
+def fit_loss(fit: Tensor, truth: Tensor) -> Tensor:
+    """Binary cross-entropy of `Fused.fit` (B,); truth: (B,) 1 the right MR, 0 a wrong one, negative where neither can be
+    said."""
+    fit = fit.clamp(1e-4, 1 - 1e-4)
+    entropy = -(truth * fit.log() + (1 - truth) * (1 - fit).log())
+    return torch.where(truth >= 0, entropy, 0).mean()
 
 
 def residual_sd(dose_reduction: Tensor) -> Tensor:
