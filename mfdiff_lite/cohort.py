@@ -21,23 +21,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import ndimage
 from tqdm.auto import tqdm
 
 from .anatomy import embedded_anatomy
-from .config import TRAIN_ANATOMIES, VALIDATION_ANATOMIES, Profile
+from .config import FWHM_TO_SD, TRAIN_ANATOMIES, VALIDATION_ANATOMIES, Profile
 from .files import whole_file
-from .phantom import VOXEL, virtual_patient
+from .phantom import VOXEL, Randomisation, virtual_patient
 from .scanner import Scanner
 from .view import ActivityScale, neighbours, scale_mr
 
-DATA_VERSION = 2  # of what makes the data (anatomy, phantom, scanner, view, this file): raise it when that changes
-ARRAYS = ("lpet", "mr", "spet", "weight", "dose")
+DATA_VERSION = 3  # of what makes the data (anatomy, phantom, scanner, view, this file): raise it when that changes
+ARRAYS = ("lpet", "mr", "spet", "weight", "dose", "height")
+AIR, BRAIN, LESION, SMALL_LESION = range(4)  # kinds of voxels in `Cohort.weight`
+SMALL = 5.0  # mm radius: PET lesions below it are small
+TRAINING = Randomisation(lesions_per_100ml=(0.6, 3.0))  # more lesions than a head has: they are what is rare
 SCANNER_RANGES = {
     "psf_fwhm": (3.0, 6.5),
     "contamination": (0.25, 0.6),
-    "trues_per_mm3": (20.0, 100.0),
+    "trues_per_mm3": (8.0, 100.0),
     "iterations": (1.6, 6.4),
-    "post_filter": (0.0, 5.0),
+    "post_filter": (0.0, 8.0),
 }
 
 
@@ -48,14 +52,15 @@ def cache_folder() -> Path:
 
 
 def random_scanner(rng: np.random.Generator) -> Scanner:
-    """A scanner and reconstruction drawn from SCANNER_RANGES; half of them without post-filter, one in five without
-    resolution recovery."""
-    low, high = (np.array([r[i] for r in SCANNER_RANGES.values()], float) for i in (0, 1))
+    """A scanner and reconstruction drawn from SCANNER_RANGES, its counts in their logarithm; half of them without
+    post-filter, one in five without resolution recovery."""
+    ranges = SCANNER_RANGES | {"trues_per_mm3": np.log(SCANNER_RANGES["trues_per_mm3"])}
+    low, high = (np.array([r[i] for r in ranges.values()], float) for i in (0, 1))
     psf, contamination, trues, iterations, post_filter = rng.uniform(low, high)
     return Scanner(
         psf_fwhm=psf,
         contamination=contamination,
-        trues_per_mm3=trues,
+        trues_per_mm3=np.exp(trues),
         iterations=round(iterations),
         model_psf=bool(rng.random() > 0.2),
         post_filter=post_filter if rng.random() < 0.5 else 0.0,
@@ -66,14 +71,16 @@ def random_scanner(rng: np.random.Generator) -> Scanner:
 class Cohort:
     """Slabs of scaled slices, read from disk as they are used. lpet: (patients, doses, Z, X, Y) float16 in units of the
     LPET's brain mean; mr: (patients, Z, X, Y), spet: like lpet (the same SPET in each LPET's unit); weight: (patients,
-    Z, X, Y) uint8, 0 air, 1 brain, 2 lesion (those in MR alone too: what must not leak in); dose: (patients, doses).
-    key: what decided the data, as in the name of its folder."""
+    Z, X, Y) uint8, AIR, BRAIN, LESION (those in MR alone too: what must not leak in) or SMALL_LESION (in PET); dose:
+    (patients, doses); height: (patients, 1), of the lowest slice above the middle of the head [mm]. key: what decided
+    the data, as in the name of its folder."""
 
     lpet: np.ndarray
     mr: np.ndarray
     spet: np.ndarray
     weight: np.ndarray
     dose: np.ndarray
+    height: np.ndarray
     key: str
 
 
@@ -100,8 +107,7 @@ def make_cohort(profile: Profile, part: str = "train", workers: int | None = Non
         new = jobs[len(known[0]) if known else 0 :]
         _make([job for job in new if not job.path.exists()], part, workers)
         arrays = _stored(folder, count) or _together(folder, count, known, new)
-    lpet, mr, spet, weight, dose = (array[:count] for array in arrays)
-    return Cohort(lpet, mr, spet, weight, dose, key)
+    return Cohort(*(array[:count] for array in arrays), key)
 
 
 class Job(NamedTuple):
@@ -218,7 +224,7 @@ def _make_patient(job: Job) -> None:
     settings = job.settings
     rng = np.random.default_rng([settings["seed"], job.number, settings["part"] == "train"])
     seed = int(rng.integers(2**31))
-    patient = virtual_patient(embedded_anatomy(job.anatomy), seed, slices=settings["slab"])
+    patient = virtual_patient(embedded_anatomy(job.anatomy), seed, slices=settings["slab"], randomisation=TRAINING)
     scanner = random_scanner(rng)
     standard = scanner.acquire(patient.activity, patient.attenuation, seed)
     spet = scanner.reconstruct(standard)
@@ -226,7 +232,9 @@ def _make_patient(job: Job) -> None:
     doses = np.exp(rng.uniform(low, high, settings["doses"]))
     lpets = [scanner.reconstruct(standard.thin(dose, int(rng.integers(2**31)))) for dose in doses]
     scales = [ActivityScale(lpet, (VOXEL,) * 3) for lpet in lpets]
-    weight = np.where(patient.lesions > 0, 2, patient.mask).astype(np.uint8)
+    weight = np.where(patient.lesions > 0, LESION, patient.mask * BRAIN).astype(np.uint8)
+    small = [lesion.label for lesion in patient.lesion_table if lesion.kind != "mr-only" and lesion.radius < SMALL]
+    weight[np.isin(patient.lesions, small)] = SMALL_LESION
 
     def slices(volumes: list[np.ndarray]) -> np.ndarray:
         return np.ascontiguousarray(np.moveaxis(np.stack(volumes), -1, -3)).astype(np.float16)
@@ -237,6 +245,7 @@ def _make_patient(job: Job) -> None:
         "mr": slices([scale_mr(patient.mr, scales[0].mask)])[0],
         "weight": np.ascontiguousarray(np.moveaxis(weight, -1, 0)),
         "dose": doses.astype(np.float32),
+        "height": patient.affine[2:3, 3].astype(np.float32),
     }
     with _shared_file(job.path) as partial, partial.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
@@ -250,19 +259,22 @@ class SliceDataset:
         self.cohort, self.profile, self.augment = cohort, profile, augment
 
     def batch(self, step: int, size: int | None = None) -> dict[str, torch.Tensor]:
-        """lpet, mr: (B, context, H, W); spet, weight: (B, 1, H, W); dose: (B,)."""
+        """lpet, mr: (B, context, H, W); spet, weight: (B, 1, H, W); dose, fits: (B,), see `_disturbed`."""
         rng = np.random.default_rng([self.profile.seed, step, 17])
         items = [self._item(rng) for _ in range(size or self.profile.batch)]
         return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
 
     def _item(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         c, crop = self.cohort, self.profile.crop
-        patient, dose = rng.integers(c.lpet.shape[0]), rng.integers(c.lpet.shape[1])
-        z, near = self._near(rng)
+        patient, dose = int(rng.integers(c.lpet.shape[0])), int(rng.integers(c.lpet.shape[1]))
+        z, near = self._near(rng, c.weight[patient])
         lpet, mr = (volume[near].astype(np.float32) for volume in (c.lpet[patient, dose], c.mr[patient]))
         spet, weight = c.spet[patient, dose, z : z + 1].astype(np.float32), c.weight[patient, z : z + 1]
+        fits = float(mr.any())
         if self.augment:
-            mr = self._disturbed(mr, near, rng)
+            mr, fits = self._disturbed(mr, patient, near, rng)
+            if rng.random() < self.profile.other_noise:
+                lpet = made_up_noise(c.spet[patient, dose], near, rng)
         x, y = (
             (n - crop) // 2 + (int(rng.integers(-8, 9)) if self.augment and crop <= 112 else 0) for n in lpet.shape[1:]
         )
@@ -277,15 +289,21 @@ class SliceDataset:
         if self.augment and rng.random() < 0.5:
             item = {key: value[:, ::-1] for key, value in item.items()}
         return {k: np.ascontiguousarray(v, np.float32) for k, v in item.items()} | {
-            "dose": np.float32(c.dose[patient, dose])
+            "dose": np.float32(c.dose[patient, dose]),
+            "fits": np.float32(fits),
         }
 
-    def _near(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+    def _near(self, rng: np.random.Generator, kind: np.ndarray) -> tuple[int, np.ndarray]:
         """A slice, and the slices (context,) that the model sees round it: mostly all there; in a share `thin` of the
-        slices those of a slab of 1 to context - 1 slices round it, whose ends repeat as they do in restoring."""
+        slices those of a slab of 1 to context - 1 slices round it, whose ends repeat as they do in restoring. Every
+        other slice is the one of two that shows more of small lesions. kind: `Cohort.weight` of the patient."""
         context, last = self.profile.context, self.cohort.lpet.shape[2] - 1
         half = context // 2
-        z = int(rng.integers(half, last + 1 - half))
+        drawn = rng.integers(half, last + 1 - half, 2)
+        pick = 0
+        if self.augment and rng.random() < 0.5:
+            pick = int(np.argmax([np.count_nonzero(kind[z] == SMALL_LESION) for z in drawn]))
+        z = int(drawn[pick])
         low, high = 0, last
         if self.augment and context > 1 and rng.random() < self.profile.thin:
             depth = int(rng.integers(1, context))
@@ -294,17 +312,58 @@ class SliceDataset:
         return z, neighbours(z, context, low, high)
 
     def _loss_weight(self, kind: np.ndarray) -> np.ndarray:
-        return np.array([0.2, 1.0, 1.0 + self.profile.lesion_weight], np.float32)[kind]
+        """Small lesions weigh twice as much as others."""
+        lesion = self.profile.lesion_weight
+        return np.array([0.2, 1.0, 1.0 + lesion, 1.0 + 2 * lesion], np.float32)[kind]
 
-    def _disturbed(self, mr: np.ndarray, near: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """MR dropped, swapped with another patient's, or shifted by up to 4 mm, in a small share of the slices."""
+    def _disturbed(
+        self, mr: np.ndarray, patient: int, near: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, float]:
+        """In a small share of the slices MR dropped, another patient's, its own turned or far out of place, or shifted
+        by up to 4 mm. Also whether it fits: 1, 0, or -1 where neither can be said (dropped, or shifted a little)."""
         draw, p = rng.random(), self.profile
         if draw < p.no_mr:
-            return np.zeros_like(mr)
+            return np.zeros_like(mr), -1.0
+        if draw < p.no_mr + 2 / 3 * p.wrong_mr:
+            return self._another(patient, near, rng), 0.0
         if draw < p.no_mr + p.wrong_mr:
-            z = near - near.min()
-            z += int(rng.integers(0, self.cohort.mr.shape[1] - z.max()))
-            return self.cohort.mr[rng.integers(len(self.cohort.mr))][z].astype(np.float32)
+            return misplaced(mr, rng), 0.0
         if draw < p.no_mr + p.wrong_mr + 0.1:
-            return np.roll(mr, rng.integers(-2, 3, 2), axis=(1, 2))
-        return mr
+            return np.roll(mr, rng.integers(-2, 3, 2), axis=(1, 2)), -1.0
+        return mr, float(mr.any())
+
+    def _another(self, patient: int, near: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The MR of another patient, half of the time at about the same height of the head."""
+        patients = len(self.cohort.mr)
+        others = (patient + rng.integers(1, max(patients, 2), 12)) % patients
+        away = np.abs(self.cohort.height[others, 0] - self.cohort.height[patient, 0])
+        pick, room = int(rng.integers(len(others))), self.cohort.mr.shape[1] - 1
+        first = int(rng.integers(0, room - (near.max() - near.min()) + 1))
+        if rng.random() < 0.5:
+            pick = int(np.argmin(away))
+            up = (self.cohort.height[patient, 0] - self.cohort.height[others[pick], 0]) / VOXEL
+            first = int(np.clip(round(float(up)) + near.min(), 0, room - (near.max() - near.min())))
+        return self.cohort.mr[others[pick]][first + near - near.min()].astype(np.float32)
+
+
+def misplaced(mr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """MR slices (context, X, Y) turned by 8 to 40 degrees, or moved by 10 to 32 mm."""
+    if rng.random() < 0.5:
+        angle = float(rng.uniform(8, 40) * rng.choice([-1, 1]))
+        return ndimage.rotate(mr, angle, axes=(1, 2), reshape=False, order=1)
+    direction = rng.uniform(0, 2 * np.pi)
+    step = rng.uniform(5, 16) * np.array([np.cos(direction), np.sin(direction)])  # voxels
+    return ndimage.shift(mr, (0, *np.rint(step)), order=0)
+
+
+def made_up_noise(spet: np.ndarray, near: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The slices `near` of an SPET (Z, X, Y) with noise of 8 to 60 % correlated over 1 to 9 mm in three dimensions,
+    growing with the activity or with its square root: what no scanner of training makes, and some filters do."""
+    image = spet[near.min() : near.max() + 1].astype(np.float32)
+    sd = rng.uniform(1, 9) * FWHM_TO_SD / VOXEL
+    margin = int(np.ceil(3 * sd))
+    noise = rng.standard_normal((len(image) + 2 * margin, *image.shape[1:]), dtype=np.float32)
+    noise = ndimage.gaussian_filter(noise, sd, mode="wrap")[margin : margin + len(image)]
+    local = ndimage.gaussian_filter(image, 2.0).clip(min=0) ** rng.choice([0.5, 1.0])
+    level = np.exp(rng.uniform(np.log(0.08), np.log(0.6)))
+    return (image + level * local * noise / noise.std()).clip(min=0)[near - near.min()]

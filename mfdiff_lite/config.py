@@ -76,8 +76,9 @@ class Profile:
     ema: float = within(0.999, 0, 1)
     lesion_weight: float = within(8.0, 0, 1000)  # of voxels in lesions, beside 1 for the brain
     no_mr: float = within(0.08, 0, 1)  # share of training slices without MR
-    wrong_mr: float = within(0.06, 0, 1)  # ... with another patient's MR
-    thin: float = within(0.1, 0, 1)  # ... from a slab thinner than `context`, its ends repeated as in restoring
+    wrong_mr: float = within(0.12, 0, 1)  # ... with another patient's MR, or the own one far out of place
+    thin: float = within(0.15, 0, 1)  # ... from a slab thinner than `context`, its ends repeated as in restoring
+    other_noise: float = within(0.12, 0, 1)  # ... whose LPET is the SPET with made-up correlated noise
     validate_every: int = within(250, 1, MOST_STEPS)
     checkpoint_every: int = within(250, 1, MOST_STEPS)
 

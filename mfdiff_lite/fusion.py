@@ -8,6 +8,8 @@
     F        = decoder(f_1/2, f_1/4, f_1/8)                      the fusion feature
     coarse   = smooth(LPET) + head(F)                            auxiliary head: what makes F "optimized"
 
+The whole MR branch is weighted by `fit`, one number a slice: does this MR show the head that the PET shows?
+
 Nothing on the way from m_s to r_s has a bias, and an empty MR has m_s = 0: then S_s = r_s = 0 and f_s = p_s, so
 restoring without MR is exactly restoring from PET alone.
 
@@ -34,16 +36,19 @@ HALO = 2  # feature pixels of MR that a block sees beyond each of its sides
 REACH = WINDOW + 2 * HALO
 SPREADS = (0.5, 1.0, 2.0, 4.0)  # SD of the attention of each head to begin with, feature pixels
 HEADS = len(SPREADS)
+TEXTURES = 4  # numbers that describe the noise, see `texture`
 
 
 class Fused(NamedTuple):
-    """feature: (B, C, H/2, W/2); coarse: (B, 1, H, W) scaled activity; gate: (B, 1, H/2, W/2) mean over channels, 0
-    without MR; similarity: (B, 1, H/2, W/2) in [-1, 1]."""
+    """feature: (B, C, H/2, W/2); coarse: (B, 1, H, W) scaled activity; gate: (B, 1, H/2, W/2) what share of the MR gets
+    in, mean over channels, 0 without MR; similarity: (B, 1, H/2, W/2) in [-1, 1]; fit: (B,) in [0, 1], whether the MR
+    shows the head that the PET shows, 0 without MR."""
 
     feature: Tensor
     coarse: Tensor
     gate: Tensor
     similarity: Tensor
+    fit: Tensor
 
 
 class MultiModalityFusion(nn.Module):
@@ -54,24 +59,27 @@ class MultiModalityFusion(nn.Module):
         super().__init__()
         condition = 2 * widths[0]
         self.context = context
-        self.embed = Embedding(1, condition)
+        self.embed, self.texture = Embedding(1, condition), NoiseEmbedding(condition)
         self.pet_encoder = Encoder(4 * context, widths, condition)
         self.mr_encoder = Encoder(4 * context, widths, condition)
+        self.fits = Fit(widths)
         self.fuse = nn.ModuleList(GatedFusion(width) for width in widths)
         self.decoder = Decoder(widths, condition)
         self.head = zero_head(widths[0])
 
     def forward(self, lpet: Tensor, mr: Tensor, dose_reduction: Tensor) -> Fused:
-        condition = self.embed(dose_scalar(dose_reduction))
+        condition = self.embed(dose_scalar(dose_reduction)) + self.texture(lpet)
         pet_features = self.pet_encoder(F.pixel_unshuffle(lpet, 2), condition)
         seen = (mr != 0).flatten(1).any(1)[:, None, None, None]  # (B, 1, 1, 1), no for an empty MR
         mr_features = [m * seen for m in self.mr_encoder(F.pixel_unshuffle(mr, 2), condition)]
+        fit = seen * self.fits(pet_features, mr_features)
         fused, gates, similarities = zip(
             *(f(p, m) for f, p, m in zip(self.fuse, pet_features, mr_features, strict=True)), strict=True
         )
-        feature = self.decoder(fused, condition)
+        feature = self.decoder([p + fit * (f - p) for p, f in zip(pet_features, fused, strict=True)], condition)
         coarse = smooth(lpet) + F.pixel_shuffle(self.head(F.silu(feature)), 2)
-        return Fused(feature, coarse, seen * gates[0].mean(1, keepdim=True), similarities[0].mean(1, keepdim=True))
+        gate, similarity = (maps[0].mean(1, keepdim=True) for maps in (gates, similarities))
+        return Fused(feature, coarse, fit * gate, similarity, fit.flatten())
 
 
 class PlainFusion(nn.Module):
@@ -82,20 +90,50 @@ class PlainFusion(nn.Module):
         super().__init__()
         condition = 2 * widths[0]
         self.context, self.with_mr = context, with_mr
-        self.embed = Embedding(1, condition)
+        self.embed, self.texture = Embedding(1, condition), NoiseEmbedding(condition)
         self.encoder = Encoder(4 * context * (1 + with_mr), widths, condition)
         self.middle = ResidualBlock(widths[-1], widths[-1], condition)
         self.decoder = Decoder(widths, condition)
         self.head = zero_head(widths[0])
 
     def forward(self, lpet: Tensor, mr: Tensor, dose_reduction: Tensor) -> Fused:
-        condition = self.embed(dose_scalar(dose_reduction))
+        condition = self.embed(dose_scalar(dose_reduction)) + self.texture(lpet)
         images = torch.cat([lpet, mr], dim=1) if self.with_mr else lpet
         features = self.encoder(F.pixel_unshuffle(images, 2), condition)
         features[-1] = self.middle(features[-1], condition)
         feature = self.decoder(features, condition)
         nothing = torch.zeros_like(feature[:, :1])
-        return Fused(feature, smooth(lpet) + F.pixel_shuffle(self.head(F.silu(feature)), 2), nothing, nothing)
+        coarse = smooth(lpet) + F.pixel_shuffle(self.head(F.silu(feature)), 2)
+        return Fused(feature, coarse, nothing, nothing, nothing[:, 0, 0, 0])
+
+
+class Fit(nn.Module):
+    """Does the MR show the head that the PET shows? Features of both at all scales -> (B, 1, 1, 1) in [0, 1].
+
+    It sees how every feature of PET goes with its partner of MR over the slice, their correlation coefficient."""
+
+    def __init__(self, widths: tuple[int, ...]):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(sum(widths), 32), nn.SiLU(), nn.Linear(32, 1))
+        nn.init.constant_(self.net[-1].get_parameter("bias"), 2.0)  # believes the MR to begin with
+
+    def forward(self, pet: list[Tensor], mr: list[Tensor]) -> Tensor:
+        pairs = [F.instance_norm(p) * F.instance_norm(m) for p, m in zip(pet, mr, strict=True)]
+        return torch.sigmoid(self.net(torch.cat([pair.mean((2, 3)) for pair in pairs], dim=1)))[..., None, None]
+
+
+class NoiseEmbedding(nn.Module):
+    """What noise the network faces, seen from the LPET alone: slices (B, context, H, W) -> (B, size), added to the
+    embedding of the dose reduction, which says little across scanners. Starts at 0."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(TEXTURES, size), nn.SiLU(), nn.Linear(size, size))
+        for parameter in self.net[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, lpet: Tensor) -> Tensor:
+        return self.net(texture(lpet))
 
 
 class GatedFusion(nn.Module):
@@ -219,6 +257,24 @@ def _smooth(slices: Tensor) -> Tensor:
     taps = torch.softmax(-0.5 * (torch.arange(-4, 5, device=slices.device) / 1.5) ** 2, 0).to(slices.dtype)
     middle = F.conv2d(F.pad(middle, (0, 0, 4, 4), mode="replicate"), taps[None, None, :, None])
     return F.conv2d(F.pad(middle, (4, 4, 0, 0), mode="replicate"), taps[None, None, None, :])
+
+
+def texture(lpet: Tensor) -> Tensor:
+    """Level and correlation of the noise in scaled slices: (B, context, H, W) -> (B, TEXTURES), each of order 1.
+
+    The power inside the head of three bands, finer than 3, 7 and 15 pixels (anatomy adds to the last), in its
+    logarithm; and the correlation of the finest between neighbouring slices: 0 where slices are independent, 1 where a
+    single one is repeated.
+    """
+    scales = [F.avg_pool2d(lpet, n, 1, n // 2, count_include_pad=False) for n in (3, 7, 15)]
+    head = (scales[1] > 0.4).to(lpet.dtype)
+    bands = [a - b for a, b in zip([lpet, *scales], scales)]  # noqa: B905 (one less)
+    voxels = head.sum((1, 2, 3)).clamp(min=1)
+    power = [(head * band**2).sum((1, 2, 3)) / voxels for band in bands]
+    levels = [torch.log(p + 1e-4) / 4 + 1 for p in power]
+    fine = head * bands[0]
+    shared = (fine[:, 1:] * fine[:, :-1]).sum((1, 2, 3)) / max(lpet.shape[1] - 1, 1) * lpet.shape[1]
+    return torch.stack([*levels, shared / (fine**2).sum((1, 2, 3)).clamp(min=1e-6)], dim=1)
 
 
 def local_correlation(pn: Tensor, mn: Tensor, radius: int = 2) -> Tensor:

@@ -40,6 +40,7 @@ from .view import FIDELITY_SD, ModelView
 STEPS, START = 6, 0.9  # sampler steps and warm start, chosen on validation patients (the start: by their spread)
 MOST_SAMPLES = 1000  # more change the third digit of mean and SD, and nothing else
 MEMORY = 8e9  # bytes that the samples of a scan may take
+FIT_WEIGHT = 0.1  # of the loss of `fit` beside that of the images
 FIDELITY = 0.0  # default pull towards the measured LPET (chosen likewise)
 BATCH = 8  # images that a network works on at a time in restoring: more of them do not pay on a CPU
 # What a restoration costs: "fast" one pass of the fusion module, "standard" 8 samples, "full" 32 in single precision.
@@ -98,11 +99,13 @@ class MFdiff(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The losses of stage 1. batch: see `SliceDataset.batch`; t: (B,); noise: (B, 1, H, W). Returns scalars
-        "coarse" and, with a denoiser, "diffusion"."""
+        "coarse", with the gated fusion "fit" and with a denoiser "diffusion"."""
         fused: Fused = self.fusion(batch["lpet"], batch["mr"], batch["dose"])
         residual = (batch["spet"] - fused.coarse) / residual_sd(batch["dose"])
         weight = batch["weight"] / batch["weight"].mean()
         losses = {"coarse": (weight * residual**2).mean()}
+        if "fits" in batch and self.settings["fusion"] == "gated":
+            losses["fit"] = FIT_WEIGHT * fit_loss(fused.fit, batch["fits"])
         if self.denoiser is not None:
             x0 = residual.detach()  # the coarse estimate learns from its own loss alone
             v = self._denoise(diffuse(x0, noise, t, self.schedule), t, batch["lpet"], fused.feature, batch["dose"])
@@ -186,13 +189,14 @@ class MFdiff(nn.Module):
             speak(check_scan(scan), force=True)
         sampler = {"steps": steps, "start": start, "method": method}
         coarse, gate = np.empty_like(view.lpet), np.empty_like(view.lpet)
+        fit = np.empty(view.shape[2], np.float32)
         samples = np.empty((n_samples, *view.shape), np.float16)
         self.eval()
         device = next(self.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "auto" and native_bfloat16(device)):
             slices = self._restored_slices(view, n_samples, seed, sampler)
             for z, images in zip(progress(range(view.shape[2])), slices, strict=False):
-                samples[..., z], coarse[..., z], gate[..., z] = images
+                samples[..., z], coarse[..., z], gate[..., z], fit[z] = images
         mean = samples.mean(0, dtype=np.float32) if n_samples else coarse
         if not (np.isfinite(mean).all() and np.isfinite(coarse).all()):
             raise ValueError(
@@ -205,6 +209,7 @@ class MFdiff(nn.Module):
             std=view.back(sample_sd(samples) * view.scale.value) if n_samples else None,
             coarse=view.restored(coarse + correction),
             gate=view.back(gate),
+            fit=None if scan.mr is None else float(np.median(fit)),
             samples=Samples(samples, correction, view),
             unit=scan.unit,
             settings={"n_samples": n_samples, **sampler, "fidelity": fidelity, "seed": seed},
@@ -212,9 +217,9 @@ class MFdiff(nn.Module):
 
     def _restored_slices(
         self, view: ModelView, n_samples: int, seed: int, sampler: dict[str, Any]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Slice after slice, worked on in batches: samples (K, x, y), coarse estimate, the mean of the views, and gate
-        (x, y)."""
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, float]]:
+        """Slice after slice, worked on in batches: samples (K, x, y), coarse estimate, the mean of the views, gate (x, y)
+        and fit."""
         device = next(self.parameters()).device
         # The second, fourth, ... pair of samples sees left and right exchanged: what depends on the side averages out.
         mirrored = torch.arange(n_samples) // 2 % 2 == 1
@@ -237,7 +242,7 @@ class MFdiff(nn.Module):
                 gates.append(nn.functional.interpolate(fused.gate.float(), scale_factor=2)[:, 0])
             middle = torch.stack(coarse).mean(0)
             images = (middle[:, None] + residuals, middle, gates[0])
-            yield from zip(*(view.cut(image.cpu().numpy()) for image in images), strict=True)
+            yield from zip(*(view.cut(image.cpu().numpy()) for image in images), fused.fit.tolist(), strict=True)
 
     def _warn_of_repeated_slices(self, view: ModelView) -> None:
         """Weights from before training knew thin slabs take the noise of a single, repeated slice for signal."""
@@ -274,6 +279,14 @@ def _refuse_memory(n_samples: int, view: ModelView) -> None:
             f"n_samples: expected samples of at most {MEMORY / 1e9:g} GB together, found {n_samples} of "
             f"{view.shape} voxels, {needed / 1e9:.0f} GB; take fewer, or crop the scan to the head"
         )
+
+
+def fit_loss(fit: Tensor, truth: Tensor) -> Tensor:
+    """Binary cross-entropy of `Fused.fit` (B,); truth: (B,) 1 the right MR, 0 a wrong one, negative where neither can be
+    said."""
+    fit = fit.float().clamp(1e-4, 1 - 1e-4)  # 1 - 1e-4 is 1 in bfloat16
+    entropy = -(truth * fit.log() + (1 - truth) * (1 - fit).log())
+    return torch.where(truth >= 0, entropy, 0).mean()
 
 
 def residual_sd(dose_reduction: Tensor) -> Tensor:
@@ -329,12 +342,14 @@ class Samples(Sequence[Any]):
 class Restoration:
     """What came out, in the kind, shape and unit of the scan's LPET. mean, std: of the K samples; without samples the
     mean is the coarse estimate and std is None. coarse: the fusion head's estimate; gate: how much MR was let
-    in, [0, 1]; samples: single samples, made when asked for."""
+    in, [0, 1]; fit: whether the MR shows the PET's head, the network's own view in [0, 1], the median over the slices,
+    None without MR; samples: single samples, made when asked for."""
 
     mean: Any
     std: Any
     coarse: Any
     gate: Any
+    fit: float | None
     samples: Samples
     unit: str
     settings: dict[str, Any]

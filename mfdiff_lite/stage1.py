@@ -88,9 +88,10 @@ class Supervised:
         parts = []
         for first in range(process, shares, processes):
             share = {key: value[first::shares] for key, value in batch.items()}
-            # The loss divides by the mean weight of its share; undone, so that the shares add up to the batch.
-            part = share["weight"].mean() / batch["weight"].mean() / self.profile.accumulate
-            parts.append(share | {"part": part})
+            # The loss of the images divides by the mean weight of its share; undone, so that shares add up to the batch.
+            equal = torch.tensor(1 / self.profile.accumulate)
+            part = equal * share["weight"].mean() / batch["weight"].mean()
+            parts.append(share | {"part": part, "equal": equal})
         return parts
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -104,7 +105,8 @@ class Supervised:
 
     def loss(self, model: nn.Module, part: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses of `MFdiff.forward`."""
-        return {key: part["part"] * value for key, value in model(part, part["t"], part["noise"]).items()}
+        losses = model(part, part["t"], part["noise"])
+        return {key: part["equal" if key == "fit" else "part"] * value for key, value in losses.items()}
 
     def check(self, model: MFdiff) -> dict[str, float]:
         """PSNR [dB] on the validation slices."""

@@ -48,9 +48,11 @@ def painted(patients=7, slices=9):
     where = np.arange(patients)[:, None] + np.arange(slices)[None, :] / 128 + 1
     volume = np.broadcast_to(where[..., None, None], (patients, slices, 128, 128)).astype(np.float16)
     weight = np.zeros(volume.shape, np.uint8)
-    weight[..., 40:90, 40:90], weight[..., 60:64, 60:64] = 1, 2
+    weight[..., 40:90, 40:90], weight[..., 60:64, 60:64], weight[:, 4, 70:74, 70:74] = 1, 2, 3
     doses = np.stack([np.full(patients, 4.0), np.full(patients, 64.0)], 1).astype(np.float32)
-    return Cohort(np.stack([volume, volume], 1), -volume, np.stack([volume, volume], 1) * 2, weight, doses, "painted")
+    height = np.arange(patients, dtype=np.float32)[:, None]
+    images = np.stack([volume, volume], 1), -volume, np.stack([volume, volume], 1) * 2
+    return Cohort(*images, weight, doses, height, "painted")
 
 
 # ---- what is made --------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def test_parts_never_share_an_anatomy(cache, monkeypatch):
     """Not only by name: the jobs that make the cohorts are looked at."""
     made = {"train": set(), "validation": set()}
     monkeypatch.setattr(module, "_make_patient", lambda job: made[job.settings["part"]].add(job.anatomy))
-    monkeypatch.setattr(module, "_together", lambda *_: [[]] * 5)
+    monkeypatch.setattr(module, "_together", lambda *_: [[]] * len(module.ARRAYS))
     profile = dataclasses.replace(TINY, seed=77, patients=7, validation_patients=2)
     make_cohort(profile, "train", workers=1)
     make_cohort(profile, "validation")
@@ -214,7 +216,7 @@ def key(monkeypatch, cache, part="train", **changes):
     """The folder that a profile leads to, without making anything."""
     with monkeypatch.context() as patch:
         patch.setattr(module, "_mapped", lambda jobs, workers: iter(()))
-        patch.setattr(module, "_together", lambda *_: [[]] * 5)
+        patch.setattr(module, "_together", lambda *_: [[]] * len(module.ARRAYS))
         return make_cohort(dataclasses.replace(TINY, **changes), part).key
 
 
@@ -259,7 +261,7 @@ def test_the_version_is_raised_when_the_data_change(tmp_path):
     module._make_patient(job := module.Job(tmp_path / "one.npz", "ahba-10021", 2, settings))
     with np.load(job.path) as stored:
         means = {name: float(stored[name].astype(float).mean()) for name in ("lpet", "spet", "mr", "weight")}
-    assert module.DATA_VERSION == 2
+    assert module.DATA_VERSION == 3
     assert means == pytest.approx(MEANS, rel=1e-3)
 
 
@@ -365,6 +367,7 @@ def test_batch_layout(tiny):
         "spet": (4, 1, crop, crop),
         "weight": (4, 1, crop, crop),
         "dose": (4,),
+        "fits": (4,),
     }
     assert {str(v.dtype) for v in batch.values()} == {"torch.float32"}
 
@@ -384,29 +387,82 @@ def test_slices_belong_together():
 
 def test_augmentation_moves_all_images_together(tiny):
     """Gain, flip and crop act on LPET and SPET alike: a target equal to its input stays equal."""
-    twin = dataclasses.replace(tiny, spet=tiny.lpet)
-    batch = SliceDataset(twin, TINY).batch(1, 32)
+    twin, profile = dataclasses.replace(tiny, spet=tiny.lpet), dataclasses.replace(TINY, other_noise=0.0)
+    batch = SliceDataset(twin, profile).batch(1, 32)
     np.testing.assert_array_equal(batch["spet"][:, 0].numpy(), batch["lpet"][:, 1].numpy())
-    plain = SliceDataset(twin, TINY, augment=False).batch(1, 32)
+    plain = SliceDataset(twin, profile, augment=False).batch(1, 32)
     assert not batches_equal(batch, plain)
 
 
 def test_shares_of_missing_and_wrong_mr():
-    """Within five binomial SD: no MR, and another patient's (of 7, so 1 in 7 is right by chance)."""
-    profile = dataclasses.replace(TINY, slab=9, no_mr=0.08, wrong_mr=0.06, crop=32)
-    data, cohort = SliceDataset(painted(), profile), painted()
-    rng, n = np.random.default_rng(0), 4000
-    own = cohort.mr[2, 3:6, :4, :4].astype(np.float32)
-    missing = wrong = 0
-    small = dataclasses.replace(cohort, mr=cohort.mr[..., :4, :4])
-    data = SliceDataset(small, profile)
+    """Within five binomial SD: no MR, another patient's, the own one out of place; and what is said of whether it fits
+    is true of each."""
+    profile = dataclasses.replace(TINY, slab=9, no_mr=0.08, wrong_mr=0.12, crop=32)
+    cohort, rng, n = painted(), np.random.default_rng(0), 4000
+    small = dataclasses.replace(cohort, mr=cohort.mr[..., 32:64, 32:64])
+    data, own = SliceDataset(small, profile), small.mr[2, 3:6].astype(np.float32)
+    found = {"missing": 0, "another": 0, "misplaced": 0, "shifted or own": 0}
     for _ in range(n):
-        mr = data._disturbed(own, np.arange(3), rng)
+        mr, fits = data._disturbed(own, 2, np.arange(3, 6), rng)
         assert mr.shape == own.shape
-        missing += not mr.any()
-        wrong += bool(mr.any() and int(-mr[1, 0, 0]) != int(-own[1, 0, 0]))
-    for count, share in ((missing, 0.08), (wrong, 0.06 * 6 / 7)):
-        assert abs(count / n - share) < 5 * np.sqrt(share * (1 - share) / n)
+        if not mr.any():
+            kind, truth = "missing", {-1.0}
+        elif int(-mr[1, 16, 16]) != int(-own[1, 16, 16]) and mr.min() == mr.max() - np.ptp(mr[:, 16, 16]):
+            kind, truth = "another", {0.0}
+        elif (mr == 0).any():
+            kind, truth = "misplaced", {0.0}
+        else:
+            kind, truth = "shifted or own", {1.0, -1.0}  # a shift does not show in a painted slice
+        assert fits in truth, kind
+        found[kind] += 1
+    for kind, share in (("missing", 0.08), ("another", 0.08), ("misplaced", 0.04)):
+        assert abs(found[kind] / n - share) < 5 * np.sqrt(share * (1 - share) / n), kind
+
+
+def test_another_patients_mr_comes_from_the_same_height_half_of_the_time():
+    """Heights of the painted patients lie 1 mm apart, slices 2 mm: the nearest of those drawn is a neighbour."""
+    cohort, rng, n = painted(), np.random.default_rng(0), 1000
+    data, near = SliceDataset(cohort, dataclasses.replace(TINY, slab=9)), np.arange(3, 6)
+    level = []
+    for _ in range(n):
+        mr = data._another(3, near, rng)[:, 0, 0]
+        patient = round(float(np.floor(-mr[0]))) - 1
+        assert patient != 3
+        first = (-mr[0] - 1 - patient) * 128
+        level.append(abs(patient - 3) == 1 and abs(first - 3) < 1.5)
+    assert 0.5 < np.mean(level) < 0.75
+
+
+def test_a_misplaced_mr_is_far_out_of_place():
+    rng, spots = np.random.default_rng(0), np.zeros((3, 64, 64), np.float32)
+    spots[:, 12:15, 31:34] = 1
+    for _ in range(50):
+        x, y = np.argwhere(module.misplaced(spots, rng)[1] > 0.4).mean(0)
+        assert np.hypot(x - 13, y - 32) > 2.4  # 18 voxels from the middle, at 8 degrees
+
+
+def test_made_up_noise_has_the_level_and_correlation_that_are_drawn():
+    """On a flat image: unbiased, SD within 8 to 60 %, and neighbouring slices go together as far as voxels in plane
+    do."""
+    flat, near = np.full((9, 64, 64), 1.0, np.float16), np.arange(2, 7)
+    for seed in range(12):
+        noisy = module.made_up_noise(flat, near, np.random.default_rng(seed))
+        noise = noisy - 1
+        assert noisy.shape == (5, 64, 64) and 0.06 < noise.std() < 0.65
+        in_plane = np.corrcoef(noise[:, 1:].ravel(), noise[:, :-1].ravel())[0, 1]
+        axial = np.corrcoef(noise[1:].ravel(), noise[:-1].ravel())[0, 1]
+        assert abs(in_plane - axial) < 0.12
+    repeated = module.made_up_noise(flat, np.array([4, 4, 4, 5, 5]), np.random.default_rng(0))
+    np.testing.assert_array_equal(repeated[0], repeated[2])
+
+
+def test_every_other_slice_is_chosen_for_its_small_lesions():
+    """Of 7 slices one shows them: picked by chance in 1/7, as the better of two in 1 - (6/7)^2."""
+    profile = dataclasses.replace(TINY, slab=9, thin=0.0)
+    data, rng, n = SliceDataset(painted(), profile), np.random.default_rng(0), 4000
+    share = (1 / 7 + 1 - (6 / 7) ** 2) / 2
+    found = np.mean([data._near(rng, data.cohort.weight[0])[0] == 4 for _ in range(n)])
+    assert abs(found - share) < 5 * np.sqrt(share * (1 - share) / n)
 
 
 def test_shifted_mr_moves_by_at_most_two_voxels():
@@ -414,7 +470,7 @@ def test_shifted_mr_moves_by_at_most_two_voxels():
     data, rng = SliceDataset(painted(), profile), np.random.default_rng(0)
     point = np.zeros((3, 32, 32), np.float32)
     point[:, 16, 16] = 1
-    places = np.array([np.argwhere(data._disturbed(point, np.arange(3), rng)[1])[0] - 16 for _ in range(2000)])
+    places = np.array([np.argwhere(data._disturbed(point, 0, np.arange(3), rng)[0][1])[0] - 16 for _ in range(2000)])
     moved = np.any(places != 0, axis=1).mean()
     share = 0.1 * 24 / 25
     assert abs(moved - share) < 5 * np.sqrt(share * (1 - share) / 2000)
@@ -429,13 +485,13 @@ def test_no_disturbance_without_augmentation():
 
 @pytest.mark.parametrize("lesion_weight", [0.0, 4.0])
 def test_loss_weights(lesion_weight):
-    """Air 0.2, brain 1, lesions 1 + lesion_weight."""
+    """Air 0.2, brain 1, lesions 1 + lesion_weight, small ones twice that much more."""
     data = SliceDataset(
         painted(), dataclasses.replace(TINY, slab=9, lesion_weight=lesion_weight, crop=128), augment=False
     )
-    weight = data.batch(0, 1)["weight"][0, 0].numpy()
-    found = (weight[0, 0], weight[50, 50], weight[61, 61])
-    assert found == (pytest.approx(0.2), 1.0, 1.0 + lesion_weight)
+    weight = data._loss_weight(data.cohort.weight[0, 4])
+    found = (weight[0, 0], weight[50, 50], weight[61, 61], weight[71, 71])
+    assert found == (pytest.approx(0.2), 1.0, 1.0 + lesion_weight, 1.0 + 2 * lesion_weight)
     assert np.count_nonzero(weight == weight[0, 0]) == 128**2 - 50**2
 
 
@@ -443,14 +499,17 @@ def test_lesions_of_every_kind_weigh_more(cache):
     """Also those in MR alone, or leaving them out would be as cheap as any other error."""
     index, settings = 1, {"part": "train", "slab": 6, "doses": 1, "dose_range": (20.0, 20.0), "seed": 2}
     seed = int(np.random.default_rng([2, index, True]).integers(2**31))
-    patient = module.virtual_patient(load_anatomy("ahba-12876"), seed, slices=6)
+    patient = module.virtual_patient(load_anatomy("ahba-12876"), seed, slices=6, randomisation=module.TRAINING)
     path = cache / "weights.npz"
     module._make_patient(module.Job(path, "ahba-12876", index, settings))
     with np.load(path) as stored:
         weight = np.moveaxis(stored["weight"], 0, -1).astype(int)
     lesions = patient.lesions > 0
     assert {one.kind for one in patient.lesion_table} >= {"mr-only", "pet-only"}
-    assert (weight[lesions] == 2).all() and (weight[patient.mask & ~lesions] == 1).all()
+    for one in patient.lesion_table:
+        small = one.kind != "mr-only" and one.radius < 5
+        assert set(weight[patient.lesions == one.label].tolist()) == {3 if small else 2}
+    assert (weight[patient.mask & ~lesions] == 1).all()
     assert not weight[~patient.mask & ~lesions].any()
 
 
@@ -458,7 +517,7 @@ def test_thin_slabs_repeat_their_ends_as_restoring_does():
     """In a share `thin` of the slices, down to one slice in the place of all its neighbours; images and MR alike."""
     profile = dataclasses.replace(TINY, slab=9, context=5, thin=0.4, no_mr=0.0, wrong_mr=0.0, crop=32)
     data, rng, n = SliceDataset(painted(), profile), np.random.default_rng(0), 4000
-    draws = [data._near(rng) for _ in range(n)]
+    draws = [data._near(rng, data.cohort.weight[0]) for _ in range(n)]
     depths = np.array([len(set(near.tolist())) for _, near in draws])
     share = np.mean(depths < 5)
     assert abs(share - 0.4) < 5 * np.sqrt(0.4 * 0.6 / n)
@@ -470,4 +529,4 @@ def test_thin_slabs_repeat_their_ends_as_restoring_does():
     single = [i for i, x in enumerate(batch["lpet"]) if all(torch.equal(x[0], x[k]) for k in range(5))]
     assert single and any(torch.equal(batch["mr"][i][0], batch["mr"][i][4]) for i in single)
     whole = SliceDataset(painted(), profile, augment=False)
-    assert all(len(set(whole._near(rng)[1].tolist())) == 5 for _ in range(200))
+    assert all(len(set(whole._near(rng, whole.cohort.weight[0])[1].tolist())) == 5 for _ in range(200))
