@@ -161,9 +161,10 @@ class GatedFusion(nn.Module):
         """Each PET pixel looks at the MR pixels of its block and a halo round it: at least HALO pixels to every side,
         which also bridges a misregistration."""
         q, k, v = self._windows(pn, mn)
-        # PyTorch's fused kernel, four times as fast, takes masks of two or four axes and without a gradient.
-        position = self.position if torch.is_grad_enabled() else self.position.detach()[None]
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=position.to(q.dtype))
+        if torch.is_grad_enabled():  # PyTorch's fused kernel takes no mask that has a gradient
+            found = self._weights(q, k) @ v
+        else:
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=self.position.detach()[None].to(q.dtype))
         rows = pn.shape[-2] // WINDOW
         return rearrange(found, "(b h w) n (i j) c -> b (n c) (h i) (w j)", b=pn.shape[0], h=rows, i=WINDOW)
 
@@ -171,17 +172,21 @@ class GatedFusion(nn.Module):
         """Where each PET pixel looks, for pictures: weights (B, HEADS, H, W, REACH, REACH) over the MR pixels of its
         block and halo, softmax(q k / sqrt(c) + position), which sum to 1. What lies beyond the image is worth 0."""
         q, k, _ = self._windows(pn, mn)
-        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5 + self.position, dim=-1)
+        weights = self._weights(q, k)
         rows, split = pn.shape[-2] // WINDOW, {"i": WINDOW, "k": REACH}
         return rearrange(weights, "(b h w) n (i j) (k l) -> b n (h i) (w j) k l", b=pn.shape[0], h=rows, **split)
+
+    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
+        logits = (q / q.shape[-1] ** 0.5) @ k.mT
+        return torch.softmax(logits + self.position.to(logits.dtype), dim=-1)
 
     def _windows(self, pn: Tensor, mn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of PET (blocks, HEADS, WINDOW^2, C / HEADS); keys and values of MR (blocks, HEADS, REACH^2,
         C / HEADS)."""
         to_blocks = "b (n c) (h i) (w j) -> (b h w) n (i j) c"
         q = rearrange(self.query(pn), to_blocks, n=HEADS, i=WINDOW, j=WINDOW)
-        near = F.pad(self.key_value(mn), (HALO,) * 4).unfold(2, REACH, WINDOW).unfold(3, REACH, WINDOW)
-        k, v = rearrange(near, "b (s n c) h w k l -> s (b h w) n (k l) c", s=2, n=HEADS)
+        near = F.unfold(self.key_value(mn), REACH, padding=HALO, stride=WINDOW)
+        k, v = rearrange(near, "b (s n c k) blocks -> s (b blocks) n k c", s=2, n=HEADS, k=REACH**2)
         return q, k, v
 
 
@@ -266,7 +271,7 @@ def texture(lpet: Tensor) -> Tensor:
     logarithm; and the correlation of the finest between neighbouring slices: 0 where slices are independent, 1 where a
     single one is repeated.
     """
-    scales = [F.avg_pool2d(lpet, n, 1, n // 2, count_include_pad=False) for n in (3, 7, 15)]
+    scales = [local_mean(lpet, n // 2) for n in (3, 7, 15)]
     head = (scales[1] > 0.4).to(lpet.dtype)
     bands = [a - b for a, b in zip([lpet, *scales], scales)]  # noqa: B905 (one less)
     voxels = head.sum((1, 2, 3)).clamp(min=1)
@@ -282,12 +287,17 @@ def local_correlation(pn: Tensor, mn: Tensor, radius: int = 2) -> Tensor:
     in [-1, 1]."""
 
     def pooled(product: Tensor) -> Tensor:
-        heads = rearrange(product, "b (n c) h w -> b n c h w", n=HEADS).sum(2)
-        for x, y in ((radius, 0), (0, radius)):  # a mean of means: 2 (2r + 1) values a pixel instead of (2r + 1)^2
-            heads = F.avg_pool2d(heads, (2 * x + 1, 2 * y + 1), 1, (x, y), count_include_pad=False)
-        return heads
+        return local_mean(rearrange(product, "b (n c) h w -> b n c h w", n=HEADS).sum(2), radius)
 
     return pooled(pn * mn) / (pooled(pn * pn) * pooled(mn * mn) + 1e-6).sqrt()
+
+
+def local_mean(image: Tensor, radius: int) -> Tensor:
+    """Mean over the square of 2 radius + 1 pixels round each, as far as it lies in the image: a mean of means, which
+    reads 2 (2r + 1) values a pixel instead of (2r + 1)^2."""
+    for x, y in ((radius, 0), (0, radius)):
+        image = F.avg_pool2d(image, (2 * x + 1, 2 * y + 1), 1, (x, y), count_include_pad=False)
+    return image
 
 
 FUSIONS: dict[str, Callable[..., MultiModalityFusion | PlainFusion]] = {

@@ -45,7 +45,7 @@ def train_stage1(
     FloatingPointError if the loss is no longer finite.
     """
     folder = refuse_to_mix(out, resume)
-    accelerator = accelerator_on(device)
+    accelerator = accelerator_on(device, half=True)
     shares = accelerator.num_processes * profile.accumulate
     if profile.batch % shares:
         raise ValueError(

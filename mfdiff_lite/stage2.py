@@ -80,7 +80,7 @@ def train_stage2(
     data = TargetSlices(scans, _settings(objective, settings), model.context)
     settings = data.settings
     folder = refuse_to_mix(out, resume)
-    accelerator = accelerator_on(device)
+    accelerator = accelerator_on(device, half=False)
     student = copy.deepcopy(model).to(accelerator.device)
     if data.measured:
         data.remember(student)

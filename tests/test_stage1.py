@@ -124,10 +124,10 @@ def test_the_card_names_every_revision_that_trained(uncut, tmp_path, monkeypatch
 
 def test_one_process_can_train_with_another_precision_after_it(uncut):
     """Today's fault: accelerate keeps the first run's state, and the second one was refused."""
-    assert loop.accelerator_on("cpu").mixed_precision == "no"
+    assert loop.accelerator_on("cpu", half=False).mixed_precision == "no"
     AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(cpu=True, mixed_precision="bf16")
-    assert loop.accelerator_on("cpu").mixed_precision == "no"
+    assert loop.accelerator_on("cpu", half=False).mixed_precision == "no"
 
 
 def test_nothing_half_written_is_left(uncut):
