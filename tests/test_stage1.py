@@ -41,6 +41,14 @@ def run(out, profile=TINY, **kwargs):
     return list(train_stage1(profile, out, device="cpu", workers=1, **kwargs))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def single_precision():
+    """The same on every CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "native_bfloat16", lambda device: False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory):
     out = tmp_path_factory.mktemp("uncut")
@@ -130,6 +138,19 @@ def test_one_process_can_train_with_another_precision_after_it(uncut):
     assert loop.accelerator_on("cpu", half=False).mixed_precision == "no"
 
 
+def test_bfloat16_where_the_hardware_has_it_and_never_for_small_differences(monkeypatch):
+    """Losses of the first steps agree with single precision to its 8 bits; SURE divides differences by a small step."""
+    plain = run(None)
+    monkeypatch.setattr(loop, "native_bfloat16", lambda device: True)
+    halves = run(None)
+    for one, other in zip(plain[:2], halves[:2], strict=True):
+        assert one.loss != other.loss
+        assert one.loss == pytest.approx(other.loss, rel=0.02)
+    assert all(p.dtype == torch.float32 for p in halves[-1].model.parameters())
+    assert loop.accelerator_on("cpu", half=True).mixed_precision == "bf16"
+    assert loop.accelerator_on("cpu", half=False).mixed_precision == "no"
+
+
 def test_nothing_half_written_is_left(uncut):
     assert sorted(p.name for p in uncut[0].iterdir()) == [CHECKPOINT, "stage1.json", WEIGHTS]
 
@@ -161,6 +182,7 @@ def test_the_gpu_that_was_named_is_the_one_that_trains(monkeypatch):
     named = []
     monkeypatch.setattr("mfdiff_lite.loop.pick_device", torch.device)
     monkeypatch.setattr("mfdiff_lite.loop.Accelerator", at_the_accelerator)
+    monkeypatch.setattr("mfdiff_lite.loop.native_bfloat16", lambda device: device.type == "cuda")
     monkeypatch.setattr(torch.cuda, "set_device", named.append)
     for device in ("cuda:1", "cuda", "cpu"):
         with pytest.raises(InterruptedError):
