@@ -87,7 +87,7 @@ def test_content_is_in_units_of_the_lpets_brain_mean(tiny):
             brain = tiny.weight[patient] > 0
             lpet, spet = (getattr(tiny, k)[patient, dose].astype(float)[brain] for k in ("lpet", "spet"))
             assert lpet.mean() == pytest.approx(spet.mean(), rel=0.03)  # the same activity, in the same unit
-            assert np.corrcoef(lpet, spet)[0, 1] > 0.3
+            assert np.corrcoef(lpet, spet)[0, 1] > 0.2
     # One SPET in two units: their ratio is one number.
     a, b = (tiny.spet[0, d].astype(float) for d in (0, 1))
     bright = a > 0.5
@@ -252,7 +252,7 @@ def test_the_key_is_a_version_and_not_source_text(monkeypatch, tmp_path):
     assert key(monkeypatch, tmp_path) != plain
 
 
-MEANS = {"lpet": 0.208100, "spet": 0.207794, "mr": -2.230225, "weight": 0.177298}
+MEANS = {"lpet": 0.208100, "spet": 0.207794, "mr": -2.230225, "weight": 0.176473}
 
 
 def test_the_version_is_raised_when_the_data_change(tmp_path):
