@@ -1,7 +1,8 @@
 """Stage 2 on OOD emulations: what adapting to one scan without a standard-dose image gains, and what it costs.
 
     make adaptation                                         # what is not measured yet, 8 to 18 minutes a shift
-    python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay
+    python benchmarks/adaptation.py wide-psf amyloid        # these, again; results of others stay; two runs may go on
+                                                            # side by side
     python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
     python benchmarks/adaptation.py --alone                 # the user who has nothing but the scan: 4 minutes a target
@@ -181,13 +182,23 @@ def alone_targets(slices: int, anatomy: str) -> dict[str, Callable[[], Scan]]:
 
 def alone(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
     """Measure what is not measured yet, target by target."""
-    held = found.setdefault("alone", {})
+    held = found.get("alone", {})
     for name, make in tqdm(alone_targets(slices, anatomy).items(), desc="alone", unit="target"):
         if name not in held:
-            held[name] = measure_alone(parent, make(), settings)
-            line = {key: float(round(row["psnr"], 2)) for key, row in held[name]["target"].items()}
-            tqdm.write(f"{name}: {line}, kept step {held[name]['kept']}, refused: {held[name]['refused']}")
-            write_json("adaptation.json", found)
+            one = measure_alone(parent, make(), settings)
+            line = {key: float(round(row["psnr"], 2)) for key, row in one["target"].items()}
+            tqdm.write(f"{name}: {line}, kept step {one['kept']}, refused: {one['refused']}")
+            keep(found, "alone", name, one)
+
+
+def keep(found: dict, part: str, name: str, one: dict) -> None:
+    """Add a result to what the file holds by now: several runs may measure side by side."""
+    path = RESULTS / "adaptation.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    if held.get("setting") == found["setting"]:
+        found |= held
+    found.setdefault(part, {})[name] = one
+    write_json("adaptation.json", found)
 
 
 def unbound(settings: Adaptation) -> Adaptation:
@@ -326,23 +337,22 @@ def main(
         else shifts or [shift for shift in (*SHIFTS, *PAIRS) if shift not in found["shifts"]]
     )
     for shift in tqdm(chosen, desc="shifts", unit="shift"):
-        one = found["shifts"][shift] = measure(parent, shift, settings, slices, anatomy)
+        one = measure(parent, shift, settings, slices, anatomy)
         line = {name: float(round(row["psnr"], 2)) for name, row in one["target"].items()}
         known = {name: float(round(row["psnr"], 2)) for name, row in one["in distribution"].items()}
         tqdm.write(f"{shift}: target {line}, in distribution {known}, best step {one['steps']}")
         if not elsewhere:
-            write_json("adaptation.json", found)
-    if elsewhere:
+            keep(found, "shifts", shift, one)
+    if elsewhere or shifts:
         return
     if not only_report:
         store(parent, settings, slices)
         alone(parent, settings, found, slices, anatomy)
-    held = found.setdefault("cohort", {})
-    for shift in tqdm([shift for shift in COHORT if shift not in held], desc="other patients", unit="shift"):
-        held[shift] = from_others(parent, shift, settings, slices, anatomy)
-        write_json("adaptation.json", found)
+    missing = [shift for shift in COHORT if shift not in found.get("cohort", {})]
+    for shift in tqdm([] if only_report else missing, desc="other patients", unit="shift"):
+        keep(found, "cohort", shift, from_others(parent, shift, settings, slices, anatomy))
     first = next(iter(found["shifts"]))
-    if "minutes_64_slices" not in found:
+    if "minutes_64_slices" not in found and not only_report:
         whole = target(first, 940_000, 64, anatomy)
         _, state, _ = adapted(parent, whole, "split", settings)
         found["minutes_64_slices"] = state.seconds / 60

@@ -262,6 +262,7 @@ def restore(
     if report is not None:
         lines = _files_lines({"LPET": lpet, "MR": mr, "SPET": spet, "restored": out, "SD": std})
         lines |= {"unit": scan.unit, "dose reduction": f"{scan.dose_reduction:g}", **restored.settings}
+        lines |= {} if restored.fit is None else {"MR fit": f"{restored.fit:.2f}"}
         lines |= {"weights": _weights_line(model, weights), "seconds": f"{seconds:.1f}"}
         written.append(_report(report, scan, restored, lines, hints + more, force))
     print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
@@ -338,6 +339,7 @@ def _saved(
         "Units": scan.unit,
         "DoseReduction": scan.dose_reduction,
         "Settings": restored.settings,
+        "MRFit": restored.fit,
         "Weights": {"fingerprint": model.fingerprint, "card": model.card},
     }
     said = "low-dose PET restored towards the standard dose; for teaching and research, not a medical device"

@@ -184,6 +184,7 @@ TOO_COARSE = 4.5  # mm, voxel side beyond the training's
 RIM_TO_DEEP = 0.8  # activity of the brain's rim over that of its depth, the lowest in training
 HALVES = 0.05  # relative difference of the halves' mean from the LPET
 ENOUGH = 300  # voxels of 4 mm round the brain that an MR is judged by
+TRUSTED = 0.5  # `Restoration.fit`
 MOST_MOVED = 0.03  # of the brain's activity, between LPET and result
 
 _SEEN: WeakKeyDictionary[Scan, list[Finding]] = WeakKeyDictionary()
@@ -340,7 +341,8 @@ def _halves(scan: Scan) -> Finding | None:
 
 
 def check_result(scan: Scan, restored: Any) -> list[Finding]:
-    """The findings about a restored image (the scan's grid, NumPy or torch, or a `Restoration`): activity moved."""
+    """The findings about a restored image (the scan's grid, NumPy or torch, or a `Restoration`): activity moved, and an
+    MR that the model did not trust."""
     image = as_array(getattr(restored, "mean", restored) if not isinstance(restored, np.ndarray) else restored)
     image = image.reshape(scan.lpet.shape)
     mask = brain_mask(scan)
@@ -351,7 +353,15 @@ def check_result(scan: Scan, restored: Any) -> list[Finding]:
         f"result: expected the brain's activity to stay within {MOST_MOVED:.0%}, found it moved by {moved:.1%}; do not "
         "read numbers off it, and look where it differs from the LPET"
     )
-    return [_finding("activity", not moved <= MOST_MOVED, moved, MOST_MOVED, sentence)]
+    found = [_finding("activity", not moved <= MOST_MOVED, moved, MOST_MOVED, sentence)]
+    if (fit := getattr(restored, "fit", None)) is not None:
+        sentence = (
+            f"{scan.sources.get('mr', 'MR')}: expected an MR of the head in the PET, found that the model trusts it at "
+            f"{fit:.2f} of 1, so that the result is about that of the PET alone; check the file, or register it "
+            "(--register)"
+        )
+        found.append(_finding("mr-trusted", fit < TRUSTED, fit, TRUSTED, sentence))
+    return found
 
 
 def speak(findings: list[Finding], force: bool = False) -> None:

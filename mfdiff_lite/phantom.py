@@ -86,7 +86,7 @@ SHIFTS: dict[str, dict[str, dict[str, Any]]] = {
     "t2-mr": {"patient": {"mr_contrast": "t2", "mr_bias_sd": (0.2, 0.3), "mr_offset": 1.7}, "scanner": {}},
     "large-lesions": {"patient": {"lesion_radius": (8.0, 12.0)}, "scanner": {}},
     "wide-psf": {"patient": {}, "scanner": {"psf_fwhm": 7.5}},
-    "few-counts": {"patient": {}, "scanner": {"trues_per_mm3": 50.0 / 3}},  # DRF 20 of it is 60 of the default
+    "few-counts": {"patient": {}, "scanner": {"trues_per_mm3": 50.0 / 10}},  # DRF 20 of it is 200 of the default
     "old-reconstruction": {"patient": {}, "scanner": {"iterations": 1, "post_filter": 6.0, "model_psf": False}},
     "atrophy": {"patient": {"atrophy": 1.0}, "scanner": {}},  # wide ventricles and sulci, as in no head of training
     "scatter": {"patient": {}, "scanner": {"contamination": 0.65, "scatter_fwhm": 60.0}},

@@ -37,7 +37,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from .cohort import SliceDataset, make_cohort
-from .config import Adaptation, load_profile
+from .config import SIDE, Adaptation, load_profile
 from .diffusion import NoiseSchedule
 from .loop import Plan, TrainingState, accelerator_on, refuse_to_mix, training_loop
 from .model import MFdiff, residual_sd
@@ -49,6 +49,7 @@ from .view import ModelView
 WEIGHTS = "stage2.safetensors"
 MIX = 0.5  # share of the halves' difference in the input of "split": 1 takes the halves themselves
 PROBE = 0.05  # step e of the divergence, in SDs of the noise
+MARGIN = 4  # voxels beyond the brain that are learned from
 HELD_OUT = 5  # every so many slices one is held out
 KEEP = 20.0  # weight of the contrast of lesions that the parent shows
 LESIONS_A_SLICE = 2
@@ -131,7 +132,7 @@ def specific_parameters(model: MFdiff) -> list[nn.Parameter]:
 class TargetSlices:
     """The objective of stage 2: the target's slices as the model sees them (`ModelView`), and the loss on them.
 
-    Each scan becomes tensors (Z, H, W): "lpet", "mr", "weight", and by objective "noise" or "spet"; or a noise model.
+    Each scan becomes tensors (Z, H, W) of a window round the brain: "lpet", "mr", "weight", and by objective "noise" or "spet"; or a noise model.
     doubt: why nothing should be learned from them, None if it should. cohort: key of the rehearsed patients.
     """
 
@@ -166,9 +167,10 @@ class TargetSlices:
                 f"{scan.name}: expected at least {HELD_OUT} slices to adapt to, one of them held out, found {z}"
             )
         held = np.arange(z) % HELD_OUT == 2
-        tensors = {name: torch.from_numpy(view.stack(image)) for name, image in images.items()}
+        window = round_the_brain(view.mask)
+        tensors = {name: torch.from_numpy(view.stack(image[window])) for name, image in images.items()}
         chosen = {"held": np.flatnonzero(held), "learned": np.flatnonzero(~held)}
-        return tensors | chosen | {"view": view, "noise model": noise}
+        return tensors | chosen | {"view": view, "window": window, "noise model": noise}
 
     def rehearse(self, workers: int | None = None) -> None:
         """Mix in a few of stage 1's simulated patients."""
@@ -222,7 +224,7 @@ class TargetSlices:
         near = scan["view"].near(chosen)
         if scan["noise model"]:
             drawn_noise = scan["noise model"].draw(np.random.default_rng([self.settings.seed, *seed]))
-            scan = scan | {"noise": torch.from_numpy(scan["view"].stack(drawn_noise))}
+            scan = scan | {"noise": torch.from_numpy(scan["view"].stack(drawn_noise[scan["window"]]))}
         batch: dict[str, Tensor] = {
             name: scan[name][near] for name in ("lpet", "mr", "lesions", "noise") if name in scan
         }
@@ -292,6 +294,19 @@ class TargetSlices:
 
 def _estimate(model: Any, batch: dict[str, Tensor], change: Tensor | float = 0.0) -> Tensor:
     return model.fusion(batch["lpet"] + change, batch["mr"], batch["dose"]).coarse
+
+
+def round_the_brain(mask: np.ndarray) -> tuple[slice, slice]:
+    """In x and y, the sides of the smallest window round a mask (X, Y, Z) that the model takes without padding: what
+    lies beyond teaches nothing, and takes half of the time."""
+    window = []
+    for size, others in zip(mask.shape[:2], ((1, 2), (0, 2)), strict=True):
+        seen = np.flatnonzero(mask.any(others))
+        low, high = (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, size)
+        side = -(-(high - low + 2 * MARGIN) // SIDE) * SIDE
+        first = min(max(0, (low + high - side) // 2), max(0, size - side))
+        window.append(slice(first, min(first + side, size)))
+    return window[0], window[1]
 
 
 def lesion_like(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -21,6 +21,7 @@ WORDS = {  # of the settings of `restore`, a line each
     "start": "share of the way from image to noise at which a sample begins, at the coarse estimate; 1 is noise alone",
     "method": "the sampler: dpm++ and ddim go from noise to image without new noise, ddpm draws some in every step",
     "fidelity": "pull towards the measured low-dose PET, 0 to 1: more lesion contrast, more noise",
+    "MR fit": "whether the MR shows the head in the PET, as the model sees it, 0 to 1; near 0 it does without the MR",
     "seed": "number from which the samples' noise is drawn; the same seed gives the same image",
 }
 WARNING = (
