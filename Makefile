@@ -27,7 +27,7 @@ STAMP_BENCH := $(VENV)/.installed-bench
 stale       = $(if $(wildcard $(1)),$(shell [ "$$(cat $(1))" = "$$(pwd -P)" ] || echo stale))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test notebooks book course train results results-check evidence checks detection ablations adaptation real fuzz course-targets viewer-targets pages bench gpu anatomies web web-targets lint clean FORCE
+.PHONY: help demo lab test notebooks book course train results results-check evidence noise checks detection ablations adaptation real fuzz course-targets viewer-targets pages bench gpu anatomies web web-targets lint clean FORCE
 
 help:  ## this list
 	@echo "mfdiff_lite: PET restoration from low-dose PET and MR"
@@ -102,6 +102,10 @@ ablations: $(STAMP_DEV)  ## train baselines and the model without its parts at o
 
 adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose image (hours), and compare
 	$(PY) benchmarks/adaptation.py $(ARGS)
+	$(PY) benchmarks/pages.py
+
+noise: $(STAMP_DEV)  ## filters, low counts, correlated noise, single slices against the best Gaussian (10 minutes)
+	$(PY) benchmarks/any_noise.py $(ARGS)
 	$(PY) benchmarks/pages.py
 
 real: $(STAMP_DEV)  ## put in what strangers bring in: bright things, edges, damaged files, kills (an hour)

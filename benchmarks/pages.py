@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 import ablations
 import adaptation
+import any_noise
 import evidence
+import numpy as np
 import real
 
 import results
@@ -363,6 +365,28 @@ def restore_block() -> str:
     return results.table_block(stored("restore")["tables"], stored("restore")["setting"])
 
 
+def read_any_noise(found: dict[str, Number]) -> str:
+    held = stored("any_noise")
+    gains = {name: row["restored"] - row["Gaussian"] for name, row in held["scans"].items()}
+    worst = min(gains, key=gains.__getitem__)
+    tracer, width, counts = worst.split(", ")
+    below = [name for name, gain in gains.items() if gain < -0.1]
+    text = f"Over these {len(gains)} scans the restored image lies {beside(float(np.mean(list(gains.values()))))} that "
+    text += "Gaussian on average. " + (
+        f"On {len(below)} of them it lies more than 0.1 dB below. "
+        if below
+        else "On none is it more than 0.1 dB below. "
+    )
+    text += (
+        f"The worst is {tracer} with a filter of {width} and {int(counts):,} counts a slice: {gains[worst]:+.2f} dB. "
+    )
+    single = held["single"]
+    text += (
+        f"A slice that comes alone: LPET {single['LPET']:.1f} dB, the best 2-D Gaussian {single['Gaussian']:.1f} dB, "
+    )
+    return text + f"restored {single['restored']:.1f} dB.\n"
+
+
 def checks_block() -> str:
     """How often the checks of a scan are right, and how far the registration is off: the rows of the targets."""
     rows = [
@@ -382,6 +406,8 @@ BLOCKS: dict[str, Callable[[dict[str, Number]], str]] = {
     "ablations": lambda found: ablations.table_block(stored("ablations")["variants"]),
     "continued": lambda found: continued_block(),
     "adaptation": lambda found: adaptation_block(),
+    "any_noise": lambda found: any_noise.block(stored("any_noise")),
+    "read_any_noise": read_any_noise,
     "checks": lambda found: checks_block(),
     "real": lambda found: real.table_block(stored("real")),
     "claims": claims_table,

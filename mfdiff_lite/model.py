@@ -218,8 +218,8 @@ class MFdiff(nn.Module):
     def _restored_slices(
         self, view: ModelView, n_samples: int, seed: int, sampler: dict[str, Any]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, float]]:
-        """Slice after slice, worked on in batches: samples (K, x, y), coarse estimate, the mean of the views, gate (x, y)
-        and fit."""
+        """Slice after slice, worked on in batches: samples (K, x, y), coarse estimate, the mean of the views, gate
+        (x, y) and fit."""
         device = next(self.parameters()).device
         # The second, fourth, ... pair of samples sees left and right exchanged: what depends on the side averages out.
         mirrored = torch.arange(n_samples) // 2 % 2 == 1
@@ -282,8 +282,8 @@ def _refuse_memory(n_samples: int, view: ModelView) -> None:
 
 
 def fit_loss(fit: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross-entropy of `Fused.fit` (B,); truth: (B,) 1 the right MR, 0 a wrong one, negative where neither can be
-    said."""
+    """Binary cross-entropy of `Fused.fit` (B,); truth: (B,) 1 the right MR, 0 a wrong one, negative where neither can
+    be said."""
     fit = fit.float().clamp(1e-4, 1 - 1e-4)  # 1 - 1e-4 is 1 in bfloat16
     entropy = -(truth * fit.log() + (1 - truth) * (1 - fit).log())
     return torch.where(truth >= 0, entropy, 0).mean()

@@ -88,7 +88,7 @@ class Supervised:
         parts = []
         for first in range(process, shares, processes):
             share = {key: value[first::shares] for key, value in batch.items()}
-            # The loss of the images divides by the mean weight of its share; undone, so that shares add up to the batch.
+            # The loss of the images divides by the mean weight of its share; undone, or shares would not add up.
             equal = torch.tensor(1 / self.profile.accumulate)
             part = equal * share["weight"].mean() / batch["weight"].mean()
             parts.append(share | {"part": part, "equal": equal})

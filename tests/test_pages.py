@@ -18,7 +18,7 @@ def pages():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         yield importlib.import_module("pages")
-    for name in ("pages", "results", "evidence", "ablations", "adaptation"):
+    for name in ("pages", "results", "evidence", "ablations", "adaptation", "any_noise"):
         sys.modules.pop(name, None)  # other tests load these under the same names
 
 
