@@ -12,9 +12,9 @@ LPET (f is told its dose), the target gets noisier, and the two stay uncorrelate
 covariance of the noise and draws n anew for every batch (`noise.NoiseModel`); where that cannot be trusted, the parent
 is kept. That stage 2 is self-supervised on the target's own LPET and MR is our interpretation of the paper.
 
-A mean over voxels smooths small lesions away, because few voxels are in one. So, with measured noise, changes d that
-look like lesions, hot and cold, are added to the LPET, and the network may not show less of them than its parent did
-(with halves it is not measured yet what that costs): to the loss comes
+A mean over voxels smooths small lesions away, because few voxels are in one. So changes d that look like lesions, hot
+and cold, are added to the LPET, and the network may not show less of them than its parent did: to "split" and "sure"
+comes
 
     KEEP mean(max(0, R_parent - R)^2)          R = <f(y + d) - f(y), d> / <d, d>         the contrast kept, by slice
 
@@ -83,7 +83,7 @@ def train_stage2(
     folder = refuse_to_mix(out, resume)
     accelerator = accelerator_on(device, half=False)
     student = copy.deepcopy(model).to(accelerator.device)
-    if data.measured:
+    if settings.objective != "paired":
         data.remember(student)
     if settings.rehearsal and not data.doubt:
         data.rehearse(workers)
