@@ -81,19 +81,26 @@ class Seen:
         has contrast."""
         if self.mr is None or not np.ptp(self.mr[self.mask]) > 1e-6 * np.abs(self.mr).max():
             return None
-        near = ndimage.binary_dilation(self.mask, iterations=4)
-        inside = coarse(near.astype(np.float32)) > 0.5
-        pet = band(coarse(self.lpet))
-        straight, distance = explained(pet, inside, classes(self.mr))
-        mirrored, _ = explained(pet, inside, classes(self.mr[::-1]))
+        straight, distance = self.explained(self.mr)
+        mirrored, _ = self.explained(self.mr[::-1])
         best = np.unravel_index(straight.argmax(), straight.shape)
         return {
             "here": float(straight[distance < NEAR].max()),
             "best": float(straight.max()),
             "distance": float(distance[best]),
             "mirrored": float(mirrored.max()),
-            "voxels": float(inside.sum()),
+            "voxels": float(self._compared[1].sum()),
         }
+
+    def explained(self, mr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """R^2 for every shift of an MR on the working grid, and the shifts' lengths [mm]."""
+        return explained(*self._compared, classes(mr))
+
+    @cached_property
+    def _compared(self) -> tuple[np.ndarray, np.ndarray]:
+        """The band of the LPET, and where it is compared: bool, the brain and 8 mm round it."""
+        near = ndimage.binary_dilation(self.mask, iterations=4)
+        return band(coarse(self.lpet)), coarse(near.astype(np.float32)) > 0.5
 
     @cached_property
     def same_noise(self) -> float:
