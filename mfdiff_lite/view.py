@@ -152,12 +152,6 @@ class WorkingGrid:
         self.pad: tuple[tuple[int, int], ...] = ((0, 0),) * 3
         self._fit_box(ActivityScale(self.to(scan.lpet), self.voxel_size))
 
-    @property
-    def box_affine(self) -> np.ndarray:
-        """Voxel of the box -> mm."""
-        corner = [(s.start or 0) - low for s, (low, _) in zip(self.box, self.pad, strict=True)]
-        return self.affine @ nib.affines.from_matvec(np.eye(3), corner)
-
     def canonical(self, volume: np.ndarray) -> nib.Nifti1Image:
         """(X, Y, Z) of the scan with its axes turned to RAS+, as near as turning gets."""
         return nib.as_closest_canonical(nib.Nifti1Image(np.asarray(volume, np.float32), self.scan.affine))

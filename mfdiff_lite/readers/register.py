@@ -6,7 +6,6 @@
 
 SimpleITK (Apache-2.0) needs NumPy alone. antspyx (Apache-2.0) brings requirements for deformations that are not wanted
 here.
-The method never imports this module: it makes a scan whose MR lies on the PET's grid, as any other.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from ..checks import COARSE, Seen
+from ..checks import COARSE, Seen, classes, explained
 from ..config import FWHM_TO_SD
 from ..files import on_grid_of, read_image
 from ..scan import Scan
@@ -92,10 +91,11 @@ def rigid_motion(scan: Scan, mr: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarra
 
 
 def _searched(scan: Scan, mr: nib.Nifti1Image, centre: np.ndarray) -> np.ndarray:
-    """World of the PET -> world of the MR (4, 4): the best of rotations in steps of 12, then 6 and 3 degrees, and of all
-    shifts within reach of the headers' position or of centre on centre."""
+    """World of the PET -> world of the MR (4, 4): the best of rotations in steps of 12, then 6 and 3 degrees, and of
+    all shifts within reach of the headers' position or of centre on centre."""
     seen, data = Seen(replace(scan, mr=None, mask=None, halves=None)), np.asarray(mr.dataobj, np.float32)
-    affine = seen.grid.box_affine
+    corner = [(s.start or 0) - low for s, (low, _) in zip(seen.grid.box, seen.grid.pad, strict=True)]
+    affine = seen.grid.affine @ nib.affines.from_matvec(np.eye(3), corner)
 
     def tried(start: np.ndarray, turns: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         motion = np.eye(4)
@@ -103,7 +103,7 @@ def _searched(scan: Scan, mr: nib.Nifti1Image, centre: np.ndarray) -> np.ndarray
         motion[:3, 3] = centre + start - motion[:3, :3] @ centre
         to_voxel = np.linalg.inv(mr.affine) @ motion @ affine
         there = ndimage.affine_transform(data, to_voxel[:3, :3], to_voxel[:3, 3], seen.lpet.shape, order=1)
-        fit, _ = seen.explained(there)
+        fit, _ = explained(*seen.compared, classes(there))
         steps = np.subtract(np.unravel_index(fit.argmax(), fit.shape), np.array(fit.shape) // 2)
         shift = np.eye(4)
         shift[:3, 3] = affine[:3, :3] @ steps * COARSE
@@ -143,9 +143,7 @@ def _image(sitk: Any, data: np.ndarray, affine: np.ndarray) -> Any:
     return image
 
 
-def _descended(
-    sitk: Any, fixed: Any, moving: Any, mask: Any, centre: np.ndarray, start: np.ndarray
-) -> Any:
+def _descended(sitk: Any, fixed: Any, moving: Any, mask: Any, centre: np.ndarray, start: np.ndarray) -> Any:
     """The transform at the end of the way down from a start (4, 4), RAS."""
     transform, start = sitk.Euler3DTransform(), TO_LPS @ start @ TO_LPS
     middle = TO_LPS[:3, :3] @ centre
@@ -167,27 +165,3 @@ def _descended(
     method.SetInitialTransform(transform, inPlace=True)
     method.Execute(fixed, moving)
     return transform
-
-
-def picture(scan: Scan) -> Any:
-    """A matplotlib Figure of a registered scan: the LPET's outlines on the MR in three planes through the head."""
-    from matplotlib.figure import Figure
-
-    sd = [SMOOTH * FWHM_TO_SD / v if n > 1 else 0 for n, v in zip(scan.lpet.shape, scan.voxel_size, strict=True)]
-    pet, mr = (
-        nib.as_closest_canonical(nib.Nifti1Image(v, scan.affine))
-        for v in (ndimage.gaussian_filter(scan.lpet, sd), scan.mr)
-    )
-    zooms = pet.header.get_zooms()
-    pet, mr = pet.get_fdata(), mr.get_fdata()
-    levels = np.array([0.25, 0.5, 0.75]) * np.percentile(pet, 99.5)
-    middle = np.argwhere(pet > levels[1]).mean(0).round().astype(int)
-    figure = Figure((9, 3.4), facecolor="white", layout="constrained")
-    for axis, name, ax in zip((2, 1, 0), ("axial", "coronal", "sagittal"), figure.subplots(1, 3), strict=True):
-        under, over = (np.take(v, middle[axis], axis).T for v in (mr, pet))
-        side = [z for k, z in enumerate(zooms) if k != axis]
-        ax.imshow(under, "gray", origin="lower", aspect=side[1] / side[0], vmax=np.percentile(mr, 99.5))
-        ax.contour(over, levels, colors=["#56b4e9", "#e69f00", "#d55e00"], linewidths=0.9)
-        ax.set(title=name, xticks=[], yticks=[], xlabel="P      A" if axis == 0 else "L      R")
-    figure.suptitle("MR, and the smoothed LPET at 25, 50 and 75 % of its highest activity")
-    return figure
