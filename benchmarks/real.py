@@ -345,7 +345,6 @@ def main(
 ) -> None:
     """Measure what real inputs do, and write what was found."""
     path = RESULTS / "real.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
     for name in chosen or MEASURES:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are among what is asked for
@@ -356,6 +355,7 @@ def main(
         print(*(f"{note['input']:60} {note['result']}" for note in notes), sep="\n")
         targets.show()
         targets.write()
+        stored = json.loads(path.read_text()) if path.exists() else {}
         stored[name] = [{"input": note["input"], "result": note["result"]} for note in notes]
         write_json("real.json", stored)
 

@@ -2,6 +2,8 @@
 
 noise      true counts per mm^3 of the LPET, from second differences of its slices in three in-plane bands: a regression
            on training scans. counts * DRF is the standard dose, which has a usual size: DRF itself leaves no trace.
+texture    noise of counts and one filter looks alike at every scale; what was filtered and mixed since does not
+field      a brain that the sides of the field of view cut
 MR         R^2(s): share of the band-passed LPET near the brain that a linear mix of band-passed MR classes explains
            when the MR is shifted by s. Any MR contrast will do, and neither level nor gain of either image matters.
                registered: highest near s = 0 | shifted: highest elsewhere | mirrored: higher for the mirrored MR
@@ -58,22 +60,18 @@ class Seen:
         self.scan, self.grid = scan, WorkingGrid(scan)
         raw = self.grid.to(scan.lpet)
         scale = ActivityScale(raw, self.grid.voxel_size)
-        self.lpet, self.mask, self.unit = raw / scale.value, scale.mask, scale.value
+        self.lpet, self.mask = raw / scale.value, scale.mask
         self.mr = None if scan.mr is None else self.grid.to(scan.mr)
-
-    # --- noise ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def counts(self) -> float | None:
         """True counts per mm^3 that the noise of the LPET tells of; None if it has too few slices."""
-        return counts(self.lpet, self.mask)
+        return counts(self.noise)
 
     @cached_property
-    def mr_counts(self) -> float | None:
-        """The same of the MR, as if it were a PET."""
-        return None if self.mr is None else counts(self.mr, self.mask)
-
-    # --- MR ------------------------------------------------------------------------------------------------------
+    def noise(self) -> np.ndarray | None:
+        """`variances` of the LPET."""
+        return variances(self.lpet, self.mask)
 
     @cached_property
     def fit(self) -> dict[str, float] | None:
@@ -81,19 +79,22 @@ class Seen:
         has contrast."""
         if self.mr is None or not np.ptp(self.mr[self.mask]) > 1e-6 * np.abs(self.mr).max():
             return None
-        near = ndimage.binary_dilation(self.mask, iterations=4)
-        inside = coarse(near.astype(np.float32)) > 0.5
-        pet = band(coarse(self.lpet))
-        straight, distance = explained(pet, inside, classes(self.mr))
-        mirrored, _ = explained(pet, inside, classes(self.mr[::-1]))
+        straight, distance = explained(*self.compared, classes(self.mr))
+        mirrored, _ = explained(*self.compared, classes(self.mr[::-1]))
         best = np.unravel_index(straight.argmax(), straight.shape)
         return {
             "here": float(straight[distance < NEAR].max()),
             "best": float(straight.max()),
             "distance": float(distance[best]),
             "mirrored": float(mirrored.max()),
-            "voxels": float(inside.sum()),
+            "voxels": float(self.compared[1].sum()),
         }
+
+    @cached_property
+    def compared(self) -> tuple[np.ndarray, np.ndarray]:
+        """The band of the LPET, and where it is compared: bool, the brain and 8 mm round it."""
+        near = ndimage.binary_dilation(self.mask, iterations=4)
+        return band(coarse(self.lpet)), coarse(near.astype(np.float32)) > 0.5
 
     @cached_property
     def same_noise(self) -> float:
@@ -101,21 +102,25 @@ class Seen:
         return 0.0 if self.mr is None else detail_correlation(self.lpet, self.mr, self.mask)
 
 
-def counts(image: np.ndarray, mask: np.ndarray) -> float | None:
-    """True counts per mm^3 that the noise of an image (x, y, z) of 2 mm tells of; None if it is too thin for it."""
+def variances(image: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+    """Log variances (distance, band) of second differences 1, 2 and 4 slices apart in three bands, fine to coarse, of
+    an image (x, y, z) of 2 mm in units of its mean; None if it is too thin for it."""
     first = max(0, (image.shape[2] - MIDDLE) // 2)
     image, mask = image[..., first : first + MIDDLE], mask[..., first : first + MIDDLE]
-    if image.shape[2] < SLICES or not mask.any():
+    if image.shape[2] < SLICES or not image[mask].sum() > 0:
         return None
     level = float(image[mask].mean())
-    if level <= 0:
-        return None
     smooth = [image, *(ndimage.gaussian_filter(image, (sd, sd, 0), mode="nearest") for sd in SMOOTHER)]
-    bands = [a - b for a, b in zip(smooth, smooth[1:], strict=False)]  # fine, middle, coarse
-    near, far = (
-        np.log([max(float((second_difference(b, d)[mask] ** 2).mean()) / level**2, 1e-8) for b in bands])
-        for d in (1, 4)
-    )
+    bands = [a - b for a, b in zip(smooth, smooth[1:], strict=False)]
+    found = [[float((second_difference(b, d)[mask] ** 2).mean()) / level**2 for b in bands] for d in (1, 2, 4)]
+    return np.log(np.maximum(found, 1e-8))
+
+
+def counts(noise: np.ndarray | None) -> float | None:
+    """True counts per mm^3 that `variances` tell of."""
+    if noise is None:
+        return None
+    near, _, far = noise
     smoothness = max(0.0, -0.8 - near[0] + near[2])
     return float(np.exp(COUNTS @ [1.0, *near, *(near - far), smoothness]))
 
@@ -176,6 +181,9 @@ def detail_correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> 
 
 USUAL = (20.0, 130.0)  # true counts per mm^3 of a standard dose
 LEARNT = (0.2, 25.0)  # the same of the low-dose images that the shipped weights learnt on: 20 / 100 to 100 / 4
+MIXED = -0.2  # coarse noise under fine: the highest of training scans, of filters up to 8 mm and of very few counts
+SMOOTHEST = -3.05  # log variance of the finest band over the coarsest: the lowest with filters up to 8 mm
+CUT = 400.0  # mm^2 of the brain that the sides of the field of view cut
 CLEANER = 2.0  # counts of the LPET over those of the MR, as if that were a PET
 SIDES = 0.045  # R^2 that a head's MR explains more of the PET than its mirror image does
 MOVED = 6.0  # mm
@@ -200,13 +208,18 @@ def check_scan(scan: Scan) -> list[Finding]:
 
 def findings(seen: Seen) -> list[Finding]:
     """What `check_scan` finds, of a scan that is prepared already."""
-    found = [_standard_dose(seen), _noise_level(seen), _exchanged(seen)]
-    found += [_copied(seen), _mr(seen), _voxels(seen), _contrast(seen), _halves(seen.scan)]
+    found = [_standard_dose(seen), _noise_level(seen), _texture(seen), _field(seen), _exchanged(seen)]
+    found += [_mr(seen), _voxels(seen), _contrast(seen), _halves(seen.scan)]
     return [one for one in found if one is not None]
 
 
 def _finding(name: str, wrong: bool, value: float, threshold: float, sentence: str, severity: str = "warn") -> Finding:
     return Finding(name, severity if wrong else "fine", sentence if wrong else "", float(value), float(threshold))
+
+
+def _between(name: str, value: float, limits: tuple[float, float], sentence: str) -> Finding:
+    low, high = limits
+    return _finding(name, not low <= value <= high, value, low if value**2 < low * high else high, sentence)
 
 
 def _called(seen: Seen, kind: str) -> str:
@@ -217,55 +230,69 @@ def _standard_dose(seen: Seen) -> Finding | None:
     dose = seen.scan.dose_reduction
     if seen.counts is None or math.isnan(dose):
         return None
-    low, high = USUAL
     standard = seen.counts * dose
     sentence = (
         f"{_called(seen, 'lpet')}: expected the noise of a dose-reduction factor of {dose:g}, found about that of "
-        f"{max(math.sqrt(low * high) / seen.counts, 1):.2g}, if the standard dose is a usual one; check "
+        f"{max(math.sqrt(math.prod(USUAL)) / seen.counts, 1):.2g}, if the standard dose is a usual one; check "
         "--dose-reduction, and that this is the low-dose PET, neither a standard-dose nor a smoothed one"
     )
-    limit = low if standard < math.sqrt(low * high) else high
-    return _finding("dose", not low <= standard <= high, standard, limit, sentence)
+    return _between("dose", standard, USUAL, sentence)
 
 
 def _noise_level(seen: Seen) -> Finding | None:
     if seen.counts is None:
         return None
-    low, high = LEARNT
     sentence = (
-        f"{_called(seen, 'lpet')}: expected noise of {low:g} to {high:g} true counts per mm^3, what the weights learnt "
-        f"on, found that of about {seen.counts:.2g}; compare with a Gaussian before you trust the result"
+        f"{_called(seen, 'lpet')}: expected noise of {LEARNT[0]:g} to {LEARNT[1]:g} true counts per mm^3, what the "
+        f"weights learnt on, found that of about {seen.counts:.2g}; compare with a Gaussian before you trust the result"
     )
-    limit = low if seen.counts < math.sqrt(low * high) else high
-    return _finding("noise", not low <= seen.counts <= high, seen.counts, limit, sentence)
+    return _between("noise", seen.counts, LEARNT, sentence)
+
+
+def _texture(seen: Seen) -> Finding | None:
+    if seen.noise is None:
+        return None
+    near, middle, far = seen.noise
+    mixed = 1.1 * (far[2] - near[2]) - (middle[0] - near[0]) + 0.25 * min(near[2], -3.0)
+    steep = near[0] - near[2] < SMOOTHEST
+    sentence = (
+        f"{_called(seen, 'lpet')}: expected noise as counts and one filter leave it, found "
+        f"{'an image smoothed by more than 8 mm' if steep else 'coarse noise under fine'}; give the image as it was "
+        "reconstructed, or compare with a Gaussian before you trust the result"
+    )
+    return _finding("texture", steep or mixed > MIXED, mixed, MIXED, sentence)
+
+
+def _field(seen: Seen) -> Finding:
+    sides = (seen.mask[0], seen.mask[-1], seen.mask[:, 0], seen.mask[:, -1])
+    area = 2 * seen.grid.voxel_size[2] * sum(int(side.sum()) for side in sides)
+    sentence = (
+        f"{_called(seen, 'lpet')}: expected whole axial slices, found {area / 100:.0f} cm^2 of the brain at the sides "
+        "of the field of view, which cut it; do not trust the outermost centimetre"
+    )
+    return _finding("field", area > CUT, area, CUT, sentence)
 
 
 def _exchanged(seen: Seen) -> Finding | None:
-    if seen.counts is None or seen.mr_counts is None or seen.same_noise > COPIED:
+    as_pet = None if seen.mr is None or seen.same_noise > COPIED else counts(variances(seen.mr, seen.mask))
+    if seen.counts is None or as_pet is None:
         return None
     sentence = (
         f"{_called(seen, 'lpet')}: expected the noise of a PET, found less than in {_called(seen, 'mr')}; the two look "
         "exchanged: give the PET as LPET and the MR as MR"
     )
-    ratio = seen.counts / seen.mr_counts
+    ratio = seen.counts / as_pet
     return _finding("exchanged", ratio > CLEANER, ratio, CLEANER, sentence, "refuse")
-
-
-def _copied(seen: Seen) -> Finding | None:
-    if seen.mr is None:
-        return None
-    sentence = (
-        f"{_called(seen, 'mr')}: expected an MR, found an image with the noise of the LPET itself; give the MR, or "
-        "leave it out"
-    )
-    return _finding("mr-copy", seen.same_noise > COPIED, seen.same_noise, COPIED, sentence)
 
 
 def _mr(seen: Seen) -> Finding | None:
     """Whether the MR is of this head and lies on it."""
-    if seen.mr is None or seen.same_noise > COPIED:
+    if seen.mr is None:
         return None
     called = _called(seen, "mr")
+    if seen.same_noise > COPIED:
+        sentence = f"{called}: expected an MR, found the noise of the LPET itself; give the MR, or leave it out"
+        return _finding("mr-copy", True, seen.same_noise, COPIED, sentence)
     if seen.fit is None:
         sentence = f"{called}: expected an MR, found no contrast inside the brain; check the file, or leave it out"
         return _finding("mr-contrast", True, 0.0, 0.0, sentence)
@@ -302,10 +329,8 @@ def _voxels(seen: Seen) -> Finding:
 
 def _contrast(seen: Seen) -> Finding | None:
     """Grey matter lies at the rim of the brain: a rim darker than the depth is a contrast unlike training's."""
-    depth = ndimage.distance_transform_edt(
-        np.pad(seen.mask, ((0, 0), (0, 0), (1, 1)), mode="edge"), sampling=[2, 2, 1e3]
-    )
-    depth = depth[..., 1:-1]
+    padded = np.pad(seen.mask, ((0, 0), (0, 0), (1, 1)), mode="edge")
+    depth = ndimage.distance_transform_edt(padded, sampling=[2, 2, 1e3])[..., 1:-1]
     rim, deep = seen.lpet[(depth > 3) & (depth < 10)], seen.lpet[depth > 16]
     if seen.lpet.shape[2] < SLICES or min(rim.size, deep.size) < 1000:
         return None

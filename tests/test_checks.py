@@ -31,7 +31,7 @@ def head():
 
 
 def said(scan):
-    return {one.name for one in check_scan(scan) if one.severity != "fine"} - {"dose", "noise", "contrast"}
+    return {one.name for one in check_scan(scan) if one.severity != "fine"} - {"dose", "noise", "contrast", "texture"}
 
 
 def test_a_good_scan_is_good(head):
@@ -87,15 +87,42 @@ def test_r2_is_that_of_a_regression(head):
 def test_more_noise_means_fewer_counts(head):
     rng, mask = np.random.default_rng(2), head.lpet > 2
     truth = ndimage.gaussian_filter(head.lpet, 1.5)
-    found = [checks.counts(truth + sd * truth * rng.standard_normal(SHAPE), mask) for sd in (0.1, 0.3, 0.9)]
+    noisy = (truth + sd * truth * rng.standard_normal(SHAPE) for sd in (0.1, 0.3, 0.9))
+    found = [checks.counts(checks.variances(image, mask)) for image in noisy]
     assert found[0] > 2 * found[1] > 4 * found[2]
 
 
 def test_too_little_to_judge_by_is_not_judged(head):
     thin = Scan(head.lpet[..., :3], affine=head.affine)
-    assert {one.name for one in check_scan(thin)} == {"voxels"}
+    assert {one.name for one in check_scan(thin)} == {"voxels", "field"}
     coarse = Scan(head.lpet[30:50, 30:50, :3], affine=np.diag([5.0, 5.0, 2.0, 1.0]))
-    assert {one.name for one in check_scan(coarse) if one.severity == "warn"} == {"voxels"}
+    assert {one.name for one in check_scan(coarse) if one.severity == "warn"} == {"voxels", "field"}
+
+
+def test_a_head_cut_by_the_field_of_view():
+    """The cut is that of the brain in the outermost layers; what is missing above and below does not count."""
+    brain = np.zeros(SHAPE)
+    brain[16:56, 16:64] = 1
+    found = [
+        {one.name: one for one in check_scan(Scan(b, affine=np.diag([2.0, 2, 2, 1])))} for b in (brain, brain[:36])
+    ]
+    assert found[0]["field"].value == 0 and found[1]["field"].severity == "warn"
+    assert found[1]["field"].value == pytest.approx(96 * 56, rel=0.1)  # mm^2
+
+
+@pytest.mark.parametrize(
+    ("fwhm", "coarse", "words"),
+    [(0, 0, ""), (5, 0, ""), (14, 0, "smoothed by more"), (0, 0.3, "coarse noise under fine")],
+)
+def test_noise_that_no_reconstruction_leaves_is_named(fwhm, coarse, words):
+    """Noise of one filter in an even cylinder; the same with noise of 12 mm under it."""
+    rng, brain = np.random.default_rng(3), np.zeros(SHAPE)
+    brain[16:56, 16:64] = 1
+    under = ndimage.gaussian_filter(rng.standard_normal(SHAPE), 6 / 2.355)
+    lpet = (brain + 0.15 * rng.standard_normal(SHAPE) + coarse * under / under.std()).clip(0)
+    lpet = ndimage.gaussian_filter(lpet, fwhm / 2 / 2.355)
+    texture = {one.name: one for one in check_scan(Scan(lpet, affine=np.diag([2.0, 2, 2, 1])))}["texture"]
+    assert words in texture.sentence and (texture.severity == "warn") == bool(words)
 
 
 def test_a_result_keeps_its_activity(head):

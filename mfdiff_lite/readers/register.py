@@ -1,15 +1,16 @@
-"""Rigid registration of an MR to a PET by mutual information (extra `register`, SimpleITK).
+"""Rigid registration of an MR to a PET (extra `register`, SimpleITK): a search, then mutual information.
 
-    T = argmax MI(LPET, MR(T .))        T: rotation about the head's centre and translation, world mm
-                                        Mattes et al., IEEE TMI 2003; three resolutions, from the better of two starts
+    T_0 = argmax R^2(LPET, MR(T .))     over rotations, and all shifts at once; R^2 as in `checks`
+    T   = argmax MI(LPET, MR(T .))      T: rotation about the head's centre and translation, world mm
+                                        Mattes et al., IEEE TMI 2003; the way down from T_0
 
 SimpleITK (Apache-2.0) needs NumPy alone. antspyx (Apache-2.0) brings requirements for deformations that are not wanted
 here.
-The method never imports this module: it makes a scan whose MR lies on the PET's grid, as any other.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
+from ..checks import COARSE, Seen, classes, explained
 from ..config import FWHM_TO_SD
 from ..files import on_grid_of, read_image
 from ..scan import Scan
@@ -76,18 +79,50 @@ def rigid_motion(scan: Scan, mr: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarra
     smooth = np.minimum(smooth, np.percentile(smooth[head], 99.5))
     centre = nib.affines.apply_affine(scan.affine, np.argwhere(head).mean(0))
     fixed = _image(sitk, smooth, scan.affine)
-    moving = _image(sitk, np.asarray(mr.dataobj, np.float32), mr.affine)
+    moving = _image(sitk, *_with_margin(mr))
     near = ndimage.binary_dilation(head, iterations=int(round(10 / min(scan.voxel_size))))
     mask = _image(sitk, near.astype(np.uint8), scan.affine)
-    starts = [np.zeros(3), _centre_of(mr) - centre]
-    methods = [_prepared(sitk, mask, centre, start) for start in starts]
-    method, transform = min(methods, key=lambda one: one[0].MetricEvaluate(fixed, moving))
-    method.Execute(fixed, moving)
+    transform = _descended(sitk, fixed, moving, mask, centre, _searched(scan, mr, centre))
     to_mr = np.eye(4)
     turn = np.array(transform.GetMatrix()).reshape(3, 3)
     about, shift = (np.array(v) for v in (transform.GetCenter(), transform.GetTranslation()))
     to_mr[:3, :3], to_mr[:3, 3] = turn, shift + about - turn @ about
     return TO_LPS @ np.linalg.inv(to_mr) @ TO_LPS, centre
+
+
+def _searched(scan: Scan, mr: nib.Nifti1Image, centre: np.ndarray) -> np.ndarray:
+    """World of the PET -> world of the MR (4, 4): the best of rotations in steps of 12, then 6 and 3 degrees, and of
+    all shifts within reach of the headers' position or of centre on centre."""
+    seen, data = Seen(replace(scan, mr=None, mask=None, halves=None)), np.asarray(mr.dataobj, np.float32)
+    corner = [(s.start or 0) - low for s, (low, _) in zip(seen.grid.box, seen.grid.pad, strict=True)]
+    affine = seen.grid.affine @ nib.affines.from_matvec(np.eye(3), corner)
+
+    def tried(start: np.ndarray, turns: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        motion = np.eye(4)
+        motion[:3, :3] = Rotation.from_rotvec(turns, degrees=True).as_matrix()
+        motion[:3, 3] = centre + start - motion[:3, :3] @ centre
+        to_voxel = np.linalg.inv(mr.affine) @ motion @ affine
+        there = ndimage.affine_transform(data, to_voxel[:3, :3], to_voxel[:3, 3], seen.lpet.shape, order=1)
+        fit, _ = explained(*seen.compared, classes(there))
+        steps = np.subtract(np.unravel_index(fit.argmax(), fit.shape), np.array(fit.shape) // 2)
+        shift = np.eye(4)
+        shift[:3, 3] = affine[:3, :3] @ steps * COARSE
+        return float(fit.max()), start, turns, motion @ shift
+
+    around = np.array(list(itertools.product((-1, 0, 1), repeat=3)))
+    starts = np.zeros(3), _centre_of(mr) - centre
+    best = max((tried(start, 12.0 * turn) for start in starts for turn in around), key=lambda one: one[0])
+    for step in (12.0, 6.0, 3.0):
+        best = max((tried(best[1], best[2] + step * turn) for turn in around), key=lambda one: one[0])
+    return best[3]
+
+
+def _with_margin(mr: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
+    """The MR with 30 mm of air round it, and its affine: what leaves the image must cost, not drop out."""
+    margin, affine = [int(30 / v) for v in nib.affines.voxel_sizes(mr.affine)], mr.affine.copy()
+    affine[:3, 3] = nib.affines.apply_affine(affine, [-n for n in margin])
+    data = np.asarray(mr.dataobj, np.float32)
+    return np.pad(data, [(n, n) for n in margin], constant_values=data.min()), affine
 
 
 def _centre_of(mr: nib.Nifti1Image) -> np.ndarray:
@@ -108,46 +143,25 @@ def _image(sitk: Any, data: np.ndarray, affine: np.ndarray) -> Any:
     return image
 
 
-def _prepared(sitk: Any, mask: Any, centre: np.ndarray, start: np.ndarray) -> tuple[Any, Any]:
-    """(registration that minimises minus mutual information, its transform) from one start [mm, RAS]."""
+def _descended(sitk: Any, fixed: Any, moving: Any, mask: Any, centre: np.ndarray, start: np.ndarray) -> Any:
+    """The transform at the end of the way down from a start (4, 4), RAS."""
+    transform, start = sitk.Euler3DTransform(), TO_LPS @ start @ TO_LPS
+    middle = TO_LPS[:3, :3] @ centre
+    transform.SetCenter(middle.tolist())
+    transform.SetMatrix(start[:3, :3].ravel().tolist(), 1e-6)
+    transform.SetTranslation((start[:3, 3] + start[:3, :3] @ middle - middle).tolist())
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
     method.SetMetricFixedMask(mask)
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentagePerLevel([0.5, 0.3, 0.2], 1)
+    method.SetMetricSamplingPercentagePerLevel([0.4, 0.2], 1)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(4.0, 0.02, 120, 0.6)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 0.02, 120, 0.6)
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([4, 2, 1])
-    method.SetSmoothingSigmasPerLevel([6.0, 3.0, 1.0])
+    method.SetShrinkFactorsPerLevel([2, 1])
+    method.SetSmoothingSigmasPerLevel([2.0, 1.0])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetNumberOfThreads(1)  # the same result on every machine
-    transform = sitk.Euler3DTransform()
-    transform.SetCenter((TO_LPS[:3, :3] @ centre).tolist())
-    transform.SetTranslation((TO_LPS[:3, :3] @ start).tolist())
     method.SetInitialTransform(transform, inPlace=True)
-    return method, transform
-
-
-def picture(scan: Scan) -> Any:
-    """A matplotlib Figure of a registered scan: the LPET's outlines on the MR in three planes through the head."""
-    from matplotlib.figure import Figure
-
-    sd = [SMOOTH * FWHM_TO_SD / v if n > 1 else 0 for n, v in zip(scan.lpet.shape, scan.voxel_size, strict=True)]
-    pet, mr = (
-        nib.as_closest_canonical(nib.Nifti1Image(v, scan.affine))
-        for v in (ndimage.gaussian_filter(scan.lpet, sd), scan.mr)
-    )
-    zooms = pet.header.get_zooms()
-    pet, mr = pet.get_fdata(), mr.get_fdata()
-    levels = np.array([0.25, 0.5, 0.75]) * np.percentile(pet, 99.5)
-    middle = np.argwhere(pet > levels[1]).mean(0).round().astype(int)
-    figure = Figure((9, 3.4), facecolor="white", layout="constrained")
-    for axis, name, ax in zip((2, 1, 0), ("axial", "coronal", "sagittal"), figure.subplots(1, 3), strict=True):
-        under, over = (np.take(v, middle[axis], axis).T for v in (mr, pet))
-        side = [z for k, z in enumerate(zooms) if k != axis]
-        ax.imshow(under, "gray", origin="lower", aspect=side[1] / side[0], vmax=np.percentile(mr, 99.5))
-        ax.contour(over, levels, colors=["#56b4e9", "#e69f00", "#d55e00"], linewidths=0.9)
-        ax.set(title=name, xticks=[], yticks=[], xlabel="P      A" if axis == 0 else "L      R")
-    figure.suptitle("MR, and the smoothed LPET at 25, 50 and 75 % of its highest activity")
-    return figure
+    method.Execute(fixed, moving)
+    return transform
