@@ -180,7 +180,7 @@ def detail_correlation(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> 
 # --- before ------------------------------------------------------------------------------------------------------
 
 USUAL = (20.0, 130.0)  # true counts per mm^3 of a standard dose
-LEARNT = (0.2, 25.0)  # the same of the low-dose images that the shipped weights learnt on: 20 / 100 to 100 / 4
+LEARNT = (0.08, 25.0)  # the same of the low-dose images that the shipped weights learnt on: 8 / 100 to 100 / 4
 MIXED = -0.2  # coarse noise under fine: the highest of training scans, of filters up to 8 mm and of very few counts
 SMOOTHEST = -3.05  # log variance of the finest band over the coarsest: the lowest with filters up to 8 mm
 CUT = 400.0  # mm^2 of the brain that the sides of the field of view cut
