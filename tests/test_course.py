@@ -39,10 +39,45 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 @each_notebook
 def test_questions_have_answers(course, path):
-    found = course.questions(cells_of(path))
-    assert 3 <= len(found) <= 9
+    cells = cells_of(path)
+    found = course.questions(cells)
+    assert 3 <= sum("".join(cell["source"]).startswith("> **Predict.**") for cell in cells) <= 5
     for question, answer in found:
         assert len(question) > 25 and len(answer) > 60, question
+
+
+def test_every_mistake_of_08_is_a_card_before_it_is_measured():
+    cells = cells_of(ROOT / "notebooks" / "08_evaluation.ipynb")
+    first, last = (
+        next(i for i, cell in enumerate(cells) if heading in "".join(cell["source"]))
+        for heading in ("## 2. Spot the mistake", "## 3. ")
+    )
+    cards = [i for i in range(first, last) if "".join(cells[i]["source"]).startswith("> **Spot the mistake.**")]
+    assert len(cards) == 8  # activity, ruler, SSIM, mask, scale, split, choice, noise
+    assert all(cells[i + 1]["cell_type"] == "code" for i in cards)
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "ends"), [("06_stage2", "## 2. A toy", "## 3. "), ("08_evaluation", "## 2. Spot", "## 3. ")]
+)
+def test_a_part_of_its_own_can_be_left_out(name, begins, ends):
+    """No cell behind it reads a name that only the part sets."""
+    part, read, written = 0, [set(), set(), set()], [set(), set(), set()]
+    for cell in cells_of(ROOT / "notebooks" / f"{name}.ipynb"):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            part += (begins, ends, "\0")[part] in text
+            continue
+        for node in ast.walk(ast.parse("\n".join(line for line in text.splitlines() if line[:1] != "%"))):
+            if isinstance(node, ast.Name):
+                (read if isinstance(node.ctx, ast.Load) else written)[part].add(node.id)
+            elif isinstance(node, ast.FunctionDef):
+                written[part].add(node.name)
+            elif isinstance(node, ast.arg):
+                written[part].add(node.arg)
+    own = written[1] - written[0]
+    assert len(own) > 10 and part == 2
+    assert not own & read[2] - written[2]
 
 
 @each_notebook
@@ -190,6 +225,7 @@ CONCLUSIONS = {
         ((-0.5, 0.1), "does harm and the MR leaks"),
         ((-0.5, 0.0), "wrong MR does harm."),
     ],
+    "window": [((0.06, 0.02), "noise, not uptake"), ((0.02, 0.02), "no more of them")],
     "factor": [((2.0, 1.5), "too close together"), ((1.5, 1.5), "small K explains")],
 }
 

@@ -105,7 +105,8 @@ def show(fig: Figure, alt: str) -> None:
 
 def _still(fig: Figure, alt: str) -> str:
     out = io.BytesIO()
-    fig.draw_without_rendering()  # the layout settles: drawn once, a title can lie on those of the panels
+    if engine := fig.get_layout_engine():
+        engine.execute(fig)  # the layout settles: laid out once, a title can lie on those of the panels
     fig.savefig(out, format="png", dpi=90, facecolor="white", bbox_inches="tight")  # labels that it left no room too
     return img(alt, 'style="max-width:100%"', "png", out.getvalue())
 
