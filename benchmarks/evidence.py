@@ -61,6 +61,15 @@ GOALS = {
     "one_sample": ("PSNR of the K=64 mean minus one sample (ideal: 3 dB)", "dB", ">=", 2.0, 2.7),
     "texture": ("noise SD of a sample in white matter over the SPET's (ideal: 1)", "", ">=", 0.7, 0.9),
     "other_mr": ("PSNR lost to no MR with another patient's MR", "dB", "<=", 0.3, 0.1),
+    "fit_right": ("how much the model trusts the right MR, 0 to 1", "", ">=", 0.9, 0.97),
+    "fit_other": ("... another patient's MR", "", "<=", 0.5, 0.1),
+    "error_small": (
+        "error of a lesion's contrast, 6 to 10 mm, minus the lowest of the other methods",
+        "",
+        "<=",
+        0.0,
+        None,
+    ),
 }
 
 
@@ -109,14 +118,18 @@ def samplers(model: MFdiff, cases: list[Scan]) -> dict[str, dict[str, float]]:
 
 
 def audit(model: MFdiff, cases: list[Scan]) -> list[dict[str, dict[str, float]]]:
-    """`audit_mr` of each patient."""
+    """`audit_mr` of each patient, and whether the model says that the MR fits."""
     found = []
     for scan in tqdm(cases, desc="MR audit", unit="patient"):
+        fits = []
 
-        def restore(lpet, mr, scan=scan):
-            return model.restore(Scan(lpet, mr, affine=scan.affine, dose_reduction=DOSE), 2).mean
+        def restore(lpet, mr, scan=scan, fits=fits):
+            restored = model.restore(Scan(lpet, mr, affine=scan.affine, dose_reduction=DOSE), 2)
+            fits.append(np.nan if restored.fit is None else restored.fit)
+            return restored.mean
 
-        found.append(audit_mr(restore, scan).rows)
+        rows = audit_mr(restore, scan).rows
+        found.append({name: row | {"fit": fit} for (name, row), fit in zip(rows.items(), fits, strict=True)})
     return found
 
 
@@ -184,6 +197,10 @@ def report(found: dict, targets: Targets) -> None:
     targets.add("texture", spread["texture_sample"]["mean"], spread["texture_sample"]["ci95"])
     lost = [row["no MR"]["psnr"] - row["another patient's MR"]["psnr"] for row in found["audit"]["patients"]]
     targets.add("other_mr", *metrics.mean_ci(lost))
+    for goal, name in (("fit_right", "right MR"), ("fit_other", "another patient's MR")):
+        targets.add(goal, *metrics.mean_ci([row[name]["fit"] for row in found["audit"]["patients"]]))
+    errors = {n: row["contrast_error_small"]["mean"] for n, row in found["by_size_and_region"].items()}
+    targets.add("error_small", errors[OURS] - min(error for name, error in errors.items() if name != OURS))
 
 
 def table_block(found: dict) -> str:
@@ -195,19 +212,24 @@ def table_block(found: dict) -> str:
         return f"{cell['mean']:.2f} [{cell['ci95'][0]:.2f}, {cell['ci95'][1]:.2f}]"
 
     heads = [f"PSNR [dB] against SPET, n = {n}", "against the truth", "contrast kept: 10 to 15 mm", "6 to 10 mm"]
-    heads += ["grey matter", "white matter", "MR leak, truth"]
+    heads += ["error per lesion: 10 to 15 mm", "6 to 10 mm", "grey matter", "white matter", "MR leak, truth"]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for name, more in extra.items():
         cells = [interval(table[against][name]["psnr"]) for against in ("spet", "truth")]
         cells += [f"{more[f'contrast_{size}']['mean']:.2f}" for size in SIZES]
+        cells += [f"{more[f'contrast_error_{size}']['mean']:.2f}" for size in SIZES]
         cells += [f"{100 * more[f'bias_{tissue}']['mean']:+.1f} %" for tissue in ("grey", "white")]
         cells.append(f"{table['truth'][name]['mr_leak']['mean']:.3f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", f"| MR given to the model | PSNR [dB] against SPET, n = {patients} | contrast kept | MR leak, SPET |"]
-    lines.append("|---" * 4 + "|")
+    lines += [
+        "",
+        f"| MR given to the model | PSNR [dB] against SPET, n = {patients} | contrast kept | MR leak, SPET | fit |",
+    ]
+    lines.append("|---" * 5 + "|")
     for name, row in audited.items():
         kept, leak = (f"{row[key]['mean']:.3f}" for key in ("contrast_kept", "mr_leak"))
-        lines.append(f"| {name} | {interval(row['psnr'])} | {kept} | {leak} |")
+        fit = f"{row['fit']['mean']:.2f}" if "fit" in row else ""
+        lines.append(f"| {name} | {interval(row['psnr'])} | {kept} | {leak} | {fit} |")
     lines += [
         "",
         "| sampler, validation patients | PSNR [dB] of the mean | of one sample | its texture | 90 % interval covers |",
