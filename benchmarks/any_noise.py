@@ -4,8 +4,8 @@
 
 Real scans are filtered by 0 to 8 mm in three dimensions and have anything from many counts to hardly any. So the second
 simulator (second_simulator.py, nothing is trained on it) scans heads of the test anatomy at all of these; correlated
-noise is also laid over its SPET. The Gaussian is the best for each scan, its width chosen on the SPET itself: a bound that
-no user reaches. A single slice of the package's own scanner is held against the best 2-D Gaussian.
+noise is also laid over its SPET. The Gaussian is the best for each scan, its width chosen on the SPET itself, a bound
+that no user reaches. A single slice of the package's own scanner is held against the best 2-D Gaussian.
 
 Writes results/any_noise.json and the rows of group "noise" in results/targets.json.
 """

@@ -133,7 +133,8 @@ class TargetSlices:
     """The objective of stage 2: the target's slices as the model sees them (`ModelView`), and the loss on them.
 
     Each scan becomes tensors (Z, H, W) of a window round the brain: "lpet", "mr", "weight", and by objective "noise" or
-    "spet"; or a noise model. doubt: why nothing should be learned from them, None if it should. cohort: key of the rehearsed patients.
+    "spet"; or a noise model. doubt: why nothing should be learned from them, None if it should. cohort: key of the
+    rehearsed patients.
     """
 
     def __init__(self, scans: Sequence[Scan], settings: Adaptation, context: int):

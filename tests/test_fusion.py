@@ -7,8 +7,19 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from mfdiff_lite.denoiser import ConditionalUNet
-from mfdiff_lite.fusion import HALO, REACH, SPREADS, WINDOW, GatedFusion, MultiModalityFusion, local_correlation, smooth
+from mfdiff_lite.fusion import (
+    HALO,
+    REACH,
+    SPREADS,
+    WINDOW,
+    GatedFusion,
+    MultiModalityFusion,
+    local_correlation,
+    smooth,
+    texture,
+)
 from mfdiff_lite.layers import Embedding, dose_scalar
+from mfdiff_lite.model import fit_loss
 
 
 def randn(*shape, seed=0):
@@ -134,6 +145,41 @@ def test_without_mr_nothing_of_the_mr_path_is_left():
     assert torch.equal(before.coarse[1], after.coarse[1]) and torch.equal(before.feature[1], after.feature[1])
     assert not torch.allclose(before.coarse[0], after.coarse[0], atol=1e-3)
     assert after.similarity[1].abs().max() == 0 and after.gate[1].max() == 0 < after.gate[0].min()
+
+
+def test_texture_of_white_noise_is_known_in_closed_form():
+    """Variance that a mean over 3, 7, 15 pixels leaves of white noise: 1/9, 1/49, 1/225, all inside the next one."""
+    white = 1 + 0.3 * randn(4, 5, 128, 128)
+    left = torch.tensor([1, 1 / 9, 1 / 49, 1 / 225])
+    expected = torch.log(0.09 * (left[:-1] - left[1:]) + 1e-4) / 4 + 1
+    found = texture(white)
+    torch.testing.assert_close(found[:, :3].mean(0), expected, atol=0.02, rtol=0)
+    assert found[:, 3].abs().max() < 0.02
+    neighbours = 1 + 0.3 * (randn(4, 6, 128, 128)[:, 1:] + randn(4, 6, 128, 128)[:, :-1]) / 2**0.5
+    torch.testing.assert_close(texture(neighbours)[:, 3], torch.full((4,), 0.5), atol=0.03, rtol=0)
+    torch.testing.assert_close(texture(white[:, :1].expand(-1, 5, -1, -1))[:, 3], torch.ones(4))
+    torch.testing.assert_close(texture(white[:, :1])[:, 3], torch.zeros(4))  # nothing to compare
+    assert texture(torch.zeros(1, 5, 32, 32)).isfinite().all()
+
+
+def test_fit_weighs_the_whole_mr_branch(fusion):
+    """At 0 it is restoring without MR, whatever the gate says; and the gate that is shown is what gets in."""
+    lpet, mr, dose = randn(2, 3, 32, 32), randn(2, 3, 32, 32, seed=1), torch.tensor([20.0, 20.0])
+    with torch.no_grad():
+        trusted, none = fusion(lpet, mr, dose), fusion(lpet, torch.zeros_like(mr), dose)
+        fusion.fits.net[-1].bias.fill_(-1e4)
+        refused = fusion(lpet, mr, dose)
+    assert ((trusted.fit > 0.5) & (trusted.fit < 1)).all() and not none.fit.any() and not refused.fit.any()
+    assert not torch.allclose(trusted.coarse, none.coarse, atol=1e-4)
+    torch.testing.assert_close(refused.coarse, none.coarse)
+    assert not refused.gate.any()
+
+
+def test_the_loss_of_fit_is_the_entropy_where_the_truth_is_known():
+    fit, truth = torch.tensor([0.9, 0.2, 0.5, 1.0]), torch.tensor([1.0, 0.0, -1.0, 1.0])
+    expected = -(np.log(0.9) + np.log(0.8) + np.log(1 - 1e-4)) / 4
+    assert fit_loss(fit, truth).item() == pytest.approx(expected, rel=1e-5)
+    assert fit_loss(fit.bfloat16(), truth).isfinite()
 
 
 def test_a_closed_gate_returns_the_pet_features_exactly():
