@@ -63,7 +63,7 @@ def test_exported_network_is_the_package_s(shipped):
         expected, fused = model.restore_slices(lpet, seen, dose, noise)
         outputs = fusion.run(None, {"lpet": lpet.numpy(), "mr": seen.numpy(), "dose": dose.numpy()})
         found = dict(zip(Fused._fields, outputs, strict=True))
-        for name in ("coarse", "gate"):
+        for name in ("coarse", "gate", "fit"):
             np.testing.assert_allclose(found[name], getattr(fused, name).numpy(), atol=1e-4)
 
         def denoise(xt, t, feature=found["feature"]):
@@ -112,7 +112,7 @@ class ToyFusion(nn.Module):
         ramp = torch.linspace(0.5, 1.5, lpet.shape[-2])[:, None]
         coarse = lpet[:, 1:2] * ramp + 0.05 * mr[:, :1]
         half = coarse[..., ::2, ::2]
-        return Fused(half, coarse, half * dose[:, None, None, None] / 100, half)
+        return Fused(half, coarse, half * dose[:, None, None, None] / 100, half, dose / 100)
 
 
 class ToyDenoiser(nn.Module):
@@ -148,7 +148,7 @@ const network = {
       const row = Math.floor(i / (width / 2)), column = i % (width / 2);
       half[i] = coarse[2 * row * width + 2 * column];
     }
-    return { coarse, gate: half.map((v) => (v * dose) / 100), feature: half };
+    return { coarse, gate: half.map((v) => (v * dose) / 100), feature: half, fit: [dose / 100] };
   },
   async denoise(xt, time, { lpet, feature }) {
     const up = (i) => feature[Math.floor(i / width / 2) * (width / 2) + Math.floor((i % width) / 2)];

@@ -191,9 +191,9 @@ async function restoreSlice(network, view, z, { samples, fidelity, noise, show =
   for (const mirrored of sides) fused.push(await fuse(network, view, z, mirrored, settings));
   const estimates = fused.map(({ coarse }, side) => cutOut(coarse, sides[side]));
   const coarse = estimates[0].map((_, i) => estimates.reduce((sum, image) => sum + image[i], 0) / estimates.length);
-  const gate = cutOut(fused[0].gate, false, 2);
+  const gate = cutOut(fused[0].gate, false, 2), fit = fused[0].fit[0];
   const correction = await measuredBeyondNoise(network, view, z, coarse, fidelity, settings);
-  const finish = (images) => ({ ...summary(images, coarse, correction, view.value), gate });
+  const finish = (images) => ({ ...summary(images, coarse, correction, view.value), gate, fit });
   show(finish([]));
   const drawn = [], s = residualSd(view.dose);
   const draw = async (i) => {
@@ -212,7 +212,7 @@ async function restoreSlice(network, view, z, { samples, fidelity, noise, show =
   // With the samples there is a better estimate than the coarse one to compare the LPET with.
   const mean = meanOf(drawn);
   const better = await measuredBeyondNoise(network, view, z, mean, fidelity, settings);
-  return { ...summary(drawn, coarse, better, view.value), gate };
+  return { ...summary(drawn, coarse, better, view.value), gate, fit };
 }
 
 const meanOf = (images) => images[0].map((_, i) => images.reduce((sum, image) => sum + image[i], 0) / images.length);

@@ -242,7 +242,8 @@
       canvas.setAttribute("aria-label", `${title}, slice ${slice() + 1}`);
     }
     const [x, y] = state.cross;
-    element("where").textContent = `The values beside the titles are those at the cross: voxel ${x + 1}, ${y + 1}.`;
+    const fit = state.result && ` The model trusts this MR at ${state.result.fit.toFixed(2)} of 1.`;
+    element("where").textContent = `The values beside the titles are those at the cross: voxel ${x + 1}, ${y + 1}.${fit || ""}`;
     numbers(shown);
   }
 
