@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ..scan import Scan
 
 COLUMNS = 5  # panes beside each other, at most
-STILLS = 40  # slices that a page without a kernel holds, at most
-Row = tuple[str, np.ndarray, str, str]  # HTML above a picture, the picture, HTML below it, share of the full width
 
 
 def figure(scan: Scan, restored: Any = None, n_slices: int = 3) -> Figure:
