@@ -175,14 +175,14 @@ def alone_targets(slices: int, anatomy: str) -> dict[str, Callable[[], Scan]]:
 
 
 def alone(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
-    """Measure what is not measured yet, target by target."""
-    held = found.get("alone", {})
-    for name, make in tqdm(alone_targets(slices, anatomy).items(), desc="alone", unit="target"):
-        if name not in held:
-            one = measure_alone(parent, make(), settings)
-            line = {key: float(round(row["psnr"], 2)) for key, row in one["target"].items()}
-            tqdm.write(f"{name}: {line}, kept step {one['kept']}, refused: {one['refused']}")
-            keep(found, "alone", name, one)
+    """Measure what is not measured yet, first the shifts that are measured with halves."""
+    made = alone_targets(slices, anatomy)
+    order = sorted(missing(found, "alone", made), key=lambda name: name not in found["shifts"])
+    for name in tqdm(order, desc="alone", unit="target"):
+        one = measure_alone(parent, made[name](), settings)
+        line = {key: float(round(row["psnr"], 2)) for key, row in one["target"].items()}
+        tqdm.write(f"{name}: {line}, kept step {one['kept']}, refused: {one['refused']}")
+        keep(found, "alone", name, one)
 
 
 def keep(found: dict, part: str, name: str, one: dict) -> None:
