@@ -38,9 +38,7 @@ class Embedding(nn.Module):
     def __init__(self, scalars: int, size: int, frequencies: int = 16):
         super().__init__()
         self.frequencies: Tensor
-        # On the CPU also while a model is built without memory: there torch would load its compiler, two seconds.
-        exponents = torch.linspace(0, math.log(200), frequencies, device="cpu")
-        self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
+        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(200), frequencies)), persistent=False)
         self.net = nn.Sequential(
             nn.Linear(2 * frequencies * scalars, size), nn.SiLU(), nn.Linear(size, size), nn.SiLU()
         )
