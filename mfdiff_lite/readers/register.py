@@ -2,10 +2,9 @@
 
     T_0 = argmax R^2(LPET, MR(T .))     over rotations, and all shifts at once; R^2 as in `checks`
     T   = argmax MI(LPET, MR(T .))      T: rotation about the head's centre and translation, world mm
-                                        Mattes et al., IEEE TMI 2003; the way down from T_0
+                                        Mattes et al., IEEE TMI 2003; from T_0 and both its starts, the best end
 
-SimpleITK (Apache-2.0) needs NumPy alone. antspyx (Apache-2.0) brings requirements for deformations that are not wanted
-here.
+SimpleITK (Apache-2.0) needs NumPy alone; antspyx (Apache-2.0) brings what only deformations need.
 """
 
 from __future__ import annotations
@@ -81,8 +80,11 @@ def rigid_motion(scan: Scan, mr: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarra
     fixed = _image(sitk, smooth, scan.affine)
     moving = _image(sitk, *_with_margin(mr))
     near = ndimage.binary_dilation(head, iterations=int(round(10 / min(scan.voxel_size))))
-    mask = _image(sitk, near.astype(np.uint8), scan.affine)
-    transform = _descended(sitk, fixed, moving, mask, centre, _searched(scan, mr, centre))
+    images = fixed, moving, _image(sitk, near.astype(np.uint8), scan.affine)
+    centred = nib.affines.from_matvec(np.eye(3), _centre_of(mr) - centre)
+    ends = [_descended(sitk, images, centre, one, [4, 2, 1]) for one in (np.eye(4), centred)]
+    ends.append(_descended(sitk, images, centre, _searched(scan, mr, centre), [2, 1]))
+    _, transform = min(ends, key=lambda end: end[0])
     to_mr = np.eye(4)
     turn = np.array(transform.GetMatrix()).reshape(3, 3)
     about, shift = (np.array(v) for v in (transform.GetCenter(), transform.GetTranslation()))
@@ -143,8 +145,8 @@ def _image(sitk: Any, data: np.ndarray, affine: np.ndarray) -> Any:
     return image
 
 
-def _descended(sitk: Any, fixed: Any, moving: Any, mask: Any, centre: np.ndarray, start: np.ndarray) -> Any:
-    """The transform at the end of the way down from a start (4, 4), RAS."""
+def _descended(sitk: Any, images: tuple, centre: np.ndarray, start: np.ndarray, levels: list) -> tuple[float, Any]:
+    """(minus the mutual information, the transform) at the end of the way down from a start (4, 4), RAS."""
     transform, start = sitk.Euler3DTransform(), TO_LPS @ start @ TO_LPS
     middle = TO_LPS[:3, :3] @ centre
     transform.SetCenter(middle.tolist())
@@ -152,16 +154,16 @@ def _descended(sitk: Any, fixed: Any, moving: Any, mask: Any, centre: np.ndarray
     transform.SetTranslation((start[:3, 3] + start[:3, :3] @ middle - middle).tolist())
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
-    method.SetMetricFixedMask(mask)
+    method.SetMetricFixedMask(images[2])
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentagePerLevel([0.4, 0.2], 1)
+    method.SetMetricSamplingPercentagePerLevel([0.5, 0.4, 0.2][-len(levels) :], 1)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 0.02, 120, 0.6)
+    method.SetOptimizerAsRegularStepGradientDescent(levels[0] ** 2 / 4, 0.02, 120, 0.6)
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([2, 1])
-    method.SetSmoothingSigmasPerLevel([2.0, 1.0])
+    method.SetShrinkFactorsPerLevel(levels)
+    method.SetSmoothingSigmasPerLevel([float(level) for level in levels])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetNumberOfThreads(1)  # the same result on every machine
     method.SetInitialTransform(transform, inPlace=True)
-    method.Execute(fixed, moving)
-    return transform
+    method.Execute(*images[:2])
+    return method.GetMetricValue(), transform
