@@ -168,7 +168,11 @@ CONCLUSIONS = {
     ],
     "contrast": [((0.45, 0.6, 0.4), "not converged"), ((0.45, 0.46, 0.6), "lost to the resolution")],
     "marks": [((28.0, 28.3, 16.0, 26.0), "no upper bound"), ((28.0, 25.0, 27.0, 26.0), "1.00 dB above the best LPET")],
-    "fit": [((0.98, 0.05), "tells the right MR"), ((0.98, 0.9), "does **not** tell"), ((0.3, 0.1), "does **not** tell")],
+    "fit": [
+        ((0.98, 0.05), "tells the right MR"),
+        ((0.98, 0.9), "does **not** tell"),
+        ((0.3, 0.1), "does **not** tell"),
+    ],
     "similarity": [((0.18, 0.14), "is firmer with"), ((0.14, 0.18), "**not** firmer")],
     "mr": [
         ((1.0, {"other": 0.1}), "Both halves of the promise"),
