@@ -124,8 +124,8 @@ def test_what_the_diffusion_is_worth_follows_the_numbers(pages, found, change, s
     [
         ("read_restore", "mean over gaussian", "1.00 dB above the tuned Gaussian", "1.00 dB below the tuned Gaussian"),
         ("read_headline", "alike over PET only", "1.00 dB above *PET only*", "1.00 dB below *PET only*"),
-        ("read_continued", "wrong MR costs", "**not** kept", ": kept"),
-        ("read_continued", "false contrast", "adds 1.000", "takes 1.000"),
+        ("read_continued", "wrong MR costs, continued", "**not** kept", ": kept"),
+        ("read_continued", "false contrast, continued", "adds 1.000", "takes 1.000"),
         ("read_adaptation", "sure at home", "1.00 dB above stage 1", "1.00 dB below stage 1"),
         ("read_evidence", "kept small", "not the price", "are the price"),
     ],
