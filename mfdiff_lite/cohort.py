@@ -107,7 +107,8 @@ def make_cohort(profile: Profile, part: str = "train", workers: int | None = Non
         new = jobs[len(known[0]) if known else 0 :]
         _make([job for job in new if not job.path.exists()], part, workers)
         arrays = _stored(folder, count) or _together(folder, count, known, new)
-    return Cohort(*(array[:count] for array in arrays), key)
+    lpet, mr, spet, weight, dose, height = (array[:count] for array in arrays)
+    return Cohort(lpet, mr, spet, weight, dose, height, key)
 
 
 class Job(NamedTuple):
