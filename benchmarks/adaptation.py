@@ -276,7 +276,12 @@ def cohort_block(found: dict) -> str:
     """PSNR [dB] on the target: adapted to itself, and to other patients of its shift."""
     if not found.get("cohort"):
         return ""
-    lines = ["", "| adapted to | " + " | ".join(f"{shift}: split | sure" for shift in found["cohort"]) + " |"]
+    lines = [
+        "",
+        "Adapted to other patients, without their SPETs, and judged on the same scan, which they have not seen:",
+        "",
+    ]
+    lines += ["| adapted to | " + " | ".join(f"{shift}: split | sure" for shift in found["cohort"]) + " |"]
     lines.append("|---" * (1 + 2 * len(found["cohort"])) + "|")
     for title, rows in (("the scan itself", "shifts"), (f"{OTHERS} other patients, without their SPETs", "cohort")):
         each = [found[rows][shift] for shift in found["cohort"]]

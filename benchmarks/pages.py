@@ -36,8 +36,11 @@ TEXTURE = (0.8, 1.25)  # of the SPET's: a sample in between looks like an SPET a
 COVERED = 0.85  # of the 90 % interval; below, the SD is called too small
 
 
+FEW = 5
+
+
 class Number(NamedTuple):
-    """A measured value with its interval over patients or shifts."""
+    """A measured value with its interval over patients or shifts; from fewer than FEW an interval says nothing."""
 
     value: float
     low: float
@@ -46,10 +49,11 @@ class Number(NamedTuple):
     @classmethod
     def of(cls, values: object) -> Number:
         value, (low, high) = mean_ci(values)
-        return cls(value, low, high)
+        return cls(value, low, high) if len(list(values)) >= FEW else cls(value, -np.inf, np.inf)
 
     def text(self, unit: str = " dB", sign: str = "+") -> str:
-        return f"{self.value:{sign}.2f}{unit} [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
+        value, low, high = (f"{round(x, 2) + 0.0:{sign}.2f}" for x in self)  # no "-0.00"
+        return f"{value}{unit} [{low}, {high}]" if np.isfinite(self.low) else f"{value}{unit} (too few for an interval)"
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------
@@ -168,6 +172,7 @@ def claims(found: dict[str, Number]) -> list[tuple[str, str, str, str, str]]:
     """Claim of the abstract, (module, name), notebook, what was measured, verdict."""
     n = found
     limit = ablations.CONTINUED_GOALS["other_mr_continued"][3]
+    shifts = len(stored("adaptation")["shifts"])
     rivals = [n[f"over {name}"] for name in ("gaussian", "mr guided", "kernel em")]
     return [
         (
@@ -205,14 +210,14 @@ def claims(found: dict[str, Number]) -> list[tuple[str, str, str, str, str]]:
             "stage 1: generalized priors from simulated data",
             ("stage1.py", "train_stage1"),
             "05_stage1",
-            f"{n['over scratch'].text()} over learning from the one scan alone, mean over shifts",
+            f"{n['over scratch'].text()} over learning from the one scan alone, mean over {shifts} shifts",
             of_gain(n["over scratch"], "in emulation only"),
         ),
         (
             "stage 2: specific priors for out-of-distribution data in vivo",
             ("stage2.py", "train_stage2"),
             "06_stage2",
-            f"`split` {n['split'].text()}, `sure` {n['sure'].text()}, oracle {n['oracle'].text()}, mean over shifts; "
+            f"`split` {n['split'].text()}, `sure` {n['sure'].text()}, oracle {n['oracle'].text()}, mean over {shifts} shifts; "
             "nothing in vivo",
             of_gain(min(n["split"], n["sure"]), "in emulation only"),
         ),

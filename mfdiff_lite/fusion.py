@@ -4,11 +4,11 @@
     S_s      = local correlation of IN(p_s) and IN(m_s)          structure agreement, blind to contrast
     r_s      = cross-attention(query p_s; key, value m_s)        MR features, fetched by PET from near by
     g_s      = sigmoid(conv[p_s, r_s, S_s])                      gate in [0, 1]
-    f_s      = p_s + g_s * r_s                                   PET is the base, MR only adds
+    f_s      = p_s + fit * g_s * r_s                             PET is the base, MR only adds
     F        = decoder(f_1/2, f_1/4, f_1/8)                      the fusion feature
     coarse   = smooth(LPET) + head(F)                            auxiliary head: what makes F "optimized"
 
-The whole MR branch is weighted by `fit`, one number a slice: does this MR show the head that the PET shows?
+fit, one number a slice, weighs the whole MR branch: does this MR show the head that the PET shows?
 
 Nothing on the way from m_s to r_s has a bias, and an empty MR has m_s = 0: then S_s = r_s = 0 and f_s = p_s, so
 restoring without MR is exactly restoring from PET alone.

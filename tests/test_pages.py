@@ -92,6 +92,12 @@ def test_ahead_of_everybody_is_never_more_than_open_without_a_published_network(
     assert pages.of_rivals([ahead], published=1) == "reproduced"
 
 
+def test_few_values_have_no_interval_and_decide_nothing(pages):
+    few, enough = pages.Number.of([1.0, 1.2]), pages.Number.of([1.0, 1.1, 1.2, 1.0, 1.1])
+    assert few.text() == "+1.10 dB (too few for an interval)" and enough.text().startswith("+1.08 dB [+1.0")
+    assert pages.of_gain(few) == "open" == pages.of_limit(few, 0.3) and pages.of_gain(enough) == "reproduced"
+
+
 def test_the_claims_turn_round_with_the_numbers(pages, found):
     verdicts = [row[-1] for row in pages.claims(found)]
     loses = {key: pages.Number(-1.0, -1.2, -0.8) for key in found}
