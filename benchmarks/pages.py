@@ -217,8 +217,8 @@ def claims(found: dict[str, Number]) -> list[tuple[str, str, str, str, str]]:
             "stage 2: specific priors for out-of-distribution data in vivo",
             ("stage2.py", "train_stage2"),
             "06_stage2",
-            f"`split` {n['split'].text()}, `sure` {n['sure'].text()}, oracle {n['oracle'].text()}, mean over {shifts} shifts; "
-            "nothing in vivo",
+            f"`split` {n['split'].text()}, `sure` {n['sure'].text()}, oracle {n['oracle'].text()}, mean over {shifts} "
+            "shifts; nothing in vivo",
             of_gain(min(n["split"], n["sure"]), "in emulation only"),
         ),
         (
