@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from mfdiff_lite import metrics
 from mfdiff_lite.anatomy import embedded_anatomy
+from mfdiff_lite.scan import Scan
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -198,3 +199,35 @@ def test_it_shares_neither_scanner_nor_phantom_with_the_library(name):
     found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     library = {module for module in found if module.startswith("mfdiff_lite")}
     assert library <= {"mfdiff_lite.anatomy", "mfdiff_lite.scan"}
+
+
+# --- noise of any kind -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def any_noise():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        others = {name: sys.modules.pop(name, None) for name in ("any_noise", "results")}  # of the same names
+        yield importlib.import_module("any_noise")
+        sys.modules.update({name: module for name, module in others.items() if module})
+
+
+@pytest.mark.parametrize("fwhm", [5.0, 8.0])
+def test_noise_laid_over_an_spet_has_its_size_and_its_width(any_noise, fwhm):
+    even = Scan(np.ones((60, 60, 40), np.float32), spet=np.ones((60, 60, 40), np.float32), voxel_size=2.0)
+    noise = any_noise.laid_over(even, fwhm).lpet - 1
+    assert noise.std() == pytest.approx(any_noise.SHARE, rel=0.02)
+    for axis in range(3):  # a Gaussian's autocorrelation: exp(-d^2 / 4 sd^2)
+        alike = (noise * np.roll(noise, 1, axis)).mean() / (noise**2).mean()
+        assert alike == pytest.approx(np.exp(-((2 / (fwhm / 2.355)) ** 2) / 4), abs=0.03)
+
+
+def test_a_slice_alone_is_the_middle_one_and_a_row_names_every_count(any_noise, scan):
+    cut = any_noise.alone(scan)
+    assert cut.lpet.shape == (*scan.lpet.shape[:2], 1) and (cut.spet[..., 0] == scan.spet[..., 3]).all()
+    row = {"LPET": 1.0, "Gaussian": 2.0, "restored": 3.0}
+    cases = [f"{t}, {w:g} mm, {c}" for t in any_noise.TRACERS for w in any_noise.FILTERS for c in any_noise.COUNTS]
+    table = any_noise.block({"scans": dict.fromkeys(cases, row), "laid over": {"noise": row}})
+    assert table.count("1.0 / 2.0 / 3.0") == len(cases) + 1
+    assert len({line.count("|") for line in table.splitlines()}) == 1
