@@ -672,14 +672,14 @@ def adapt(
 
 def _verdict(state: TrainingState) -> str:
     """What stage 2 did, and why if nothing."""
+    from .stage2 import refusal
+
     card = state.model.card
-    if card["refused"]:
-        return (
-            f"refused: {card['refused']}; the parent's weights are kept. Two half-count images would help: see `adapt`"
-        )
+    if why := refusal(card):
+        return f"refused: {why}; the parent's weights are kept. Two half-count images would help: see `adapt`"
     if state.best == 0:
         return "the held-out loss did not fall: the parent's weights are kept, nothing on this target to gain"
-    fall = state.curve[0]["loss"] - min(one["loss"] for one in state.curve)
+    fall = state.curve[0]["loss"] - next(one["loss"] for one in state.curve if one["step"] == state.best)
     return f"adapted by {card['adaptation']['objective']!r}: the held-out loss fell by {fall:.4f} (step {state.best})"
 
 

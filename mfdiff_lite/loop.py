@@ -62,9 +62,9 @@ class Objective(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """What a stage decides about its run. trained: the weights it moves; check_every, save_every: steps; patience:
-    checks without a lower "loss" before it stops, and the weights of the lowest are kept; None: runs to the end and
-    keeps the last. made_with: what decides the result, as JSON can hold it; card: of the final weights, without what
-    the loop knows itself."""
+    checks without a lower "loss" before it stops, and the weights of the lowest are kept, unless their check says that
+    they are not "sound"; None: runs to the end and keeps the last. made_with: what decides the result, as JSON can hold
+    it; card: of the final weights, without what the loop knows itself."""
 
     trained: list[nn.Parameter]
     steps: int
@@ -209,7 +209,8 @@ class _Run(_Progress):
     @property
     def best(self) -> int:
         """Step of the weights to keep."""
-        return self.step if self.plan.patience is None else int(min(self.curve, key=lambda one: one["loss"])["step"])
+        sound = [one for one in self.curve if one.get("sound", True)]
+        return self.step if self.plan.patience is None else int(min(sound, key=lambda one: one["loss"])["step"])
 
     @property
     def ended(self) -> bool:

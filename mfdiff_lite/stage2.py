@@ -20,7 +20,9 @@ comes
 
 Trained are `specific_parameters` alone, on batches of which a share is stage 1's simulated data, against forgetting.
 Every fifth slice of the target is held out; the weights with the lowest loss *there* are kept, the parent's included,
-so no ground truth decides when to stop.
+so no ground truth decides when to stop. A wrong estimate of the noise would deceive this loss too. So where the noise
+was measured, weights are kept only if the grain of the LPET, its change from slice to slice, comes through as it does
+with the parent: more of it is noise that is followed, hardly any is structure that is smoothed away.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ KEEP = 20.0  # weight of the contrast of lesions that the parent shows
 LESIONS_A_SLICE = 2
 ENOUGH = 40  # steps on measured noise: with more, the network learns the errors of the estimate
 PROBES = 2  # drawn for the held-out slices, where the noise was measured
+GRAIN = (0.25, 0.05)  # that may come through: at least times the parent's, at most over it; set on validation patients
 
 
 def train_stage2(
@@ -141,6 +144,7 @@ class TargetSlices:
         objective = chosen_objective(settings.objective, scans)
         self.settings, self.context = dataclasses.replace(settings, objective=objective), context
         self.cohort: str | None = None
+        self.parent_grain: float | None = None
         self.simulated: SliceDataset | None = None
         self.scans = [self._prepared(scan) for scan in scans]
         if not self.scans:
@@ -198,8 +202,14 @@ class TargetSlices:
         return {"target": self.objective(inner, part)}
 
     def check(self, model: nn.Module) -> dict[str, float]:
-        """The loss on the held-out slices."""
-        return {"loss": self.held_out_loss(model)}
+        """The loss on the held-out slices; where the noise was measured, the grain that comes through, and whether that
+        is sound, which those weights must be that are kept."""
+        found: dict[str, float] = {"loss": self.held_out_loss(model)}
+        if self.measured:
+            found["grain"] = grain = self.grain(model)
+            self.parent_grain = grain if self.parent_grain is None else self.parent_grain
+            found["sound"] = GRAIN[0] * self.parent_grain <= grain <= self.parent_grain + GRAIN[1]
+        return found
 
     # --- batches and losses ------------------------------------------------------------------------------------------
 
@@ -291,6 +301,32 @@ class TargetSlices:
                     both = [batch, batch | {"noise": -batch["noise"]}] if unpaired else [batch]
                     losses += [self.objective(model, one).item() for one in both for _ in some]
         return float(np.mean(losses))
+
+    @torch.no_grad()
+    def grain(self, model: Any) -> float:
+        """Share of the LPET's grain in a model's estimate f: <D f, D y> / <D y, D y> over the held-out slices, with
+        D y = y_z - (y_z-1 + y_z+1) / 2. Nothing of the estimate of the noise is in it."""
+        device, products = next(model.parameters()).device, np.zeros(2)
+        for scan in self.scans:
+            for z in scan["held"][scan["held"] + 1 < len(scan["lpet"])]:
+                batch = self._slices(scan | {"noise model": None}, np.array([z - 1, z, z + 1]), [])
+                estimate = _estimate(model, {key: value.to(device) for key, value in batch.items()}).cpu()
+                below, here, above = torch.stack([estimate[:, 0], scan["lpet"][z - 1 : z + 2]], 1)
+                change = (here - (below + above) / 2) * scan["weight"][z]
+                products += [float((change[0] * change[1]).sum()), float((change[1] ** 2).sum())]
+        return float(products[0] / products[1])
+
+
+def refusal(card: dict[str, Any]) -> str | None:
+    """Why stage 2 left the parent's weights as they are, from the card of its result; None if it did not refuse."""
+    unsound = [one["grain"] for one in card["held_out_loss"] if not one.get("sound", True)]
+    if card["refused"] or card["steps"] or not unsound:
+        return card["refused"]
+    first = card["held_out_loss"][0]["grain"]
+    what = "follows the noise" if unsound[0] > first else "smooths structure away"
+    return (
+        f"what it learned {what}: {unsound[0]:.0%} of the grain of the LPET comes through, with the parent {first:.0%}"
+    )
 
 
 def _estimate(model: Any, batch: dict[str, Tensor], change: Tensor | float = 0.0) -> Tensor:

@@ -13,12 +13,22 @@ from torch import nn
 
 from mfdiff_lite.config import Adaptation, load_profile
 from mfdiff_lite.metrics import psnr
-from mfdiff_lite.model import MFdiff, load_model, residual_sd
+from mfdiff_lite.model import MFdiff, load_model, load_pretrained, residual_sd
+from mfdiff_lite.noise import NoiseModel
 from mfdiff_lite.phantom import virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
-from mfdiff_lite.stage2 import MIX, WEIGHTS, TargetSlices, adapt, lesion_like, specific_parameters, train_stage2
+from mfdiff_lite.stage2 import (
+    MIX,
+    WEIGHTS,
+    TargetSlices,
+    adapt,
+    lesion_like,
+    refusal,
+    specific_parameters,
+    train_stage2,
+)
 from mfdiff_lite.view import ActivityScale
 
 FEW = Adaptation(steps=6, batch=2, rehearsal_patients=1, validate_every=2, patience=3)
@@ -326,3 +336,31 @@ def test_the_shipped_weights_adapt_to_a_small_head(objective):
     )
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     assert done.stdout.strip() in ("True", "False")
+
+
+def test_the_grain_of_an_estimate_is_known_for_filters(alone):
+    """All of it for an identity, nothing for what does not change from slice to slice; a mean of both is half."""
+    data = TargetSlices([alone], Adaptation(), context=1)
+    flat = data.scans[0]["lpet"].mean(0)
+
+    def mixed(share):
+        coarse = lambda pet: share * pet[:, :1] + (1 - share) * flat  # noqa: E731
+        return SimpleNamespace(
+            fusion=lambda pet, mr, dose: SimpleNamespace(coarse=coarse(pet)), parameters=lambda: iter([flat])
+        )
+
+    assert [data.grain(mixed(share)) for share in (1.0, 0.5, 0.0)] == pytest.approx([1, 0.5, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("factor, words", [(0.3, "follows the noise"), (3.0, "smooths structure away")])
+def test_weights_that_a_wrong_estimate_of_the_noise_taught_are_not_kept(monkeypatch, alone, factor, words):
+    """Too weak, and the network learns the noise; too strong, and it learns to smooth. The held-out loss, which
+    believes the estimate, falls in both cases; the grain tells."""
+    right = NoiseModel.draw
+    monkeypatch.setattr(NoiseModel, "draw", lambda self, rng: factor * right(self, rng))
+    parent = load_pretrained("cpu")
+    settings = Adaptation(steps=5, validate_every=5, batch=4, learning_rate=4e-3, ema=0.3, rehearsal=0.0)
+    *_, last = train_stage2(parent, alone, "sure", settings=settings, device="cpu")
+    assert last.best == 0 and last.model.fingerprint == parent.fingerprint
+    assert last.curve[-1]["loss"] < last.curve[0]["loss"] - 0.02
+    assert last.model.card["refused"] is None and words in refusal(last.model.card)
