@@ -5,17 +5,19 @@
                                                             # side by side
     python benchmarks/adaptation.py --anatomy ahba-15496    # the validation head, for choosing settings; writes nothing
     python benchmarks/adaptation.py --anatomy brainweb-04   # a family of heads never trained on, once it is fetched
-    python benchmarks/adaptation.py --alone                 # the user who has nothing but the scan: 4 minutes a target
-    python benchmarks/adaptation.py --store                 # the adapted weights that notebook 06 shows: minutes
-    python benchmarks/adaptation.py --report                # tables, figure and targets of what is measured
+    python benchmarks/adaptation.py --only alone            # the user who has nothing but the scan: 4 minutes a target
+    python benchmarks/adaptation.py --only guard            # wrong estimates of the noise, which must be refused
+    python benchmarks/adaptation.py --only store            # the adapted weights that notebook 06 shows: minutes
+    python benchmarks/adaptation.py --only report           # tables, figure and targets of what is measured
 
 Each target is one slab of the test anatomy on a shifted scanner or patient. Stage 2 sees its LPET, MR and count halves;
 the oracle learns from the SPETs of `OTHERS` patients of the same shift, heads of the training set, in all its weights
 and without rehearsal. For the shifts in `COHORT`, split and sure learn from these patients too, without the SPETs. `in
-distribution` is a patient of the default scanner, restored with the weights that were adapted to the target. `--alone`
+distribution` is a patient of the default scanner, restored with the weights that were adapted to the target. `alone`
 takes the halves away: 'sure' with the noise that is measured on the LPET, on every shift and on a second simulator that
-no training sees (second_simulator.py), a target for each tracer and seed. Writes results/adaptation.json and .png, and
-the rows of group "adapt" in results/targets.json.
+no training sees (second_simulator.py), three patients of each tracer. `guard` puts wrong estimates of the noise in the
+place of the measured ones. Writes results/adaptation.json and .png, and the rows of group "adapt" in
+results/targets.json.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,11 +43,13 @@ from mfdiff_lite.config import TEST_ANATOMIES, TRAIN_ANATOMIES, Adaptation, load
 from mfdiff_lite.evaluation import score
 from mfdiff_lite.files import whole_file
 from mfdiff_lite.model import MFdiff, load_pretrained
+from mfdiff_lite.noise import NoiseModel, second_difference
 from mfdiff_lite.phantom import SHIFTS, virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
-from mfdiff_lite.stage2 import train_stage2
+from mfdiff_lite.stage2 import refusal, train_stage2
+from mfdiff_lite.view import ModelView
 from results import DOSE, LESIONS, RESULTS, Targets, write_json
 from second_simulator import second_scan
 
@@ -54,7 +59,9 @@ STORED = Path(__file__).parents[1] / "notebooks" / "06_stage2.safetensors"  # wh
 STORED_SHIFT, STORED_OTHERS = "amyloid+t2-mr", 3
 OTHERS = 10  # patients of a shift beside the target
 K = 4  # samples of a restoration
-SEEDS, TRACERS = (3, 4), ("fdg", "amyloid", "fdopa")  # targets of the second simulator
+SEEDS, TRACERS = (3, 4, 5), ("fdg", "amyloid", "fdopa")  # targets of the second simulator
+GUARDED = ("second fdg 3", "second fdopa 3", "edge-scanner")
+RIGHT = (0.9, 1.1)  # SD of the measured over that of the true noise: in between the estimate is clean
 GOALS = {
     "oracle_gap": ("PSNR of the oracle over stage 1 on OOD emulations, mean over shifts", "dB", ">=", 0.7, None),
     "gap_closed": ("share of that gap closed by stage 2 'split'", "%", ">=", 40.0, 65.0),
@@ -67,6 +74,8 @@ GOALS = {
     "alone_share": ("its gain over the shifts as a share of that of 'sure' with halves", "%", ">=", 60.0, 85.0),
     "alone_second": ("its mean gain on the second simulator", "dB", ">=", 0.3, 0.8),
     "alone_contrast": ("PET-only contrast kept after it, minus stage 1", "", ">=", -0.03, 0.0),
+    "guard_hits": ("wrong estimates of the noise that are refused, before or after use", "%", ">=", 95.0, 100.0),
+    "guard_through": ("targets whose noise is measured within 10 % that are let through", "%", ">=", 90.0, 100.0),
     "minutes": ("adapting to one 64-slice scan by 'split'", "min", "<=", 5.0, 2.0),
 }
 
@@ -133,7 +142,7 @@ def from_others(parent: MFdiff, shift: str, settings: Adaptation, slices: int, a
     return {objective: judged(adapted(parent, others, objective, settings)[0], scan) for objective in ("split", "sure")}
 
 
-def store(parent: MFdiff, settings: Adaptation, slices: int) -> None:
+def store(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
     """Adapt by `split` to some other patients of a shift, and keep the weights that changed, in half precision."""
     others = others_of(STORED_SHIFT, slices, STORED_OTHERS)
     model, state, _ = adapted(parent, others, "split", settings)
@@ -160,8 +169,59 @@ def measure_alone(parent: MFdiff, scan: Scan, settings: Adaptation) -> dict:
     rows["sure"] = judged(model, scan)
     fwhm = tune(gaussian, [scan], fwhm=np.arange(2.0, 12.1, 0.5))["fwhm"]  # on the target's own SPET: a bound
     rows["best Gaussian"] = score(gaussian(scan, fwhm), scan.spet, scan.mask, scan)
-    card = model.card
-    return {"target": rows, "refused": card["refused"], "noise": card["noise"], "kept": state.best, "steps": state.step}
+    checked = {"curve": state.curve, "kept": state.best, "steps": state.step, "sd": sd_ratio(scan, parent.context)}
+    return {"target": rows, "refused": refusal(model.card), "noise": model.card["noise"]} | checked
+
+
+def sd_ratio(scan: Scan, context: int) -> float:
+    """SD of the noise as it is measured, over that of the noise that the halves show, in the brain."""
+    view = ModelView(scan, context)
+    a, b = (view.activity(half)[view.mask] for half in scan.halves)
+    drawn = NoiseModel(view.lpet, view.mask).draw(np.random.default_rng(0))
+    return float(drawn[view.mask].std() / ((a - b) / 2).std())
+
+
+def lent(self: NoiseModel, rng: np.random.Generator) -> np.ndarray:
+    """Differences of a slice and its neighbours, of other slices: these share terms, which the noise does not."""
+    away = int(rng.integers(3, self.image.shape[2] - 3))
+    lent = np.roll(second_difference(self.image, 1) / np.sqrt(1.5) / self.sd, away, axis=2)
+    return (rng.choice((-1, 1)) * lent * self.sd).astype(np.float32)
+
+
+def wrong_draws() -> dict[str, Callable[[NoiseModel, np.random.Generator], np.ndarray]]:
+    """Estimates of the noise that deceive SURE, by what is wrong with them."""
+    right = NoiseModel.draw
+    return {
+        "terms shared by neighbours": lent,
+        "half as strong": lambda self, rng: np.float32(0.5) * right(self, rng),
+        "twice as strong": lambda self, rng: np.float32(2) * right(self, rng),
+        "white": lambda self, rng: (rng.standard_normal(self.sd.shape) * self.sd).astype(np.float32),
+    }
+
+
+def measure_guard(parent: MFdiff, scan: Scan, settings: Adaptation, draw: Callable) -> dict:
+    """'sure' without halves on a wrong estimate of the noise: why it was refused, and the PSNR it would have cost."""
+    short, bare = dataclasses.replace(settings, steps=settings.validate_every), dataclasses.replace(scan, halves=None)
+    remembering = NoiseModel.__init__
+
+    def remembered(self: NoiseModel, image: np.ndarray, mask: np.ndarray) -> None:
+        self.image = image
+        remembering(self, image, mask)
+
+    with mock.patch.object(NoiseModel, "draw", draw), mock.patch.object(NoiseModel, "__init__", remembered):
+        *_, last = train_stage2(parent, bare, "sure", settings=short, device="cpu")
+    cost = coarse_psnr(last.average, scan) - coarse_psnr(parent, scan)
+    return {"refused": refusal(last.model.card), "curve": last.curve, "cost": cost}
+
+
+def guard(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
+    """Every wrong estimate on every guarded target that is not measured yet."""
+    made, draws = alone_targets(slices, anatomy), wrong_draws()
+    for name, kind in tqdm(list(itertools.product(GUARDED, draws)), desc="guard", unit="run"):
+        if missing(found, "guard", [f"{name}, {kind}"]):
+            one = measure_guard(parent, made[name](), settings, draws[kind])
+            tqdm.write(f"{name}, {kind}: {one['cost']:+.2f} dB, refused: {one['refused']}")
+            keep(found, "guard", f"{name}, {kind}", one)
 
 
 def alone_targets(slices: int, anatomy: str) -> dict[str, Callable[[], Scan]]:
@@ -235,6 +295,10 @@ def report_alone(found: dict, targets: Targets) -> None:
     targets.add("alone_contrast", *metrics.mean_ci(contrast))
     if second:
         targets.add("alone_second", *metrics.mean_ci(second))
+    through = [not one["refused"] for one in held.values() if RIGHT[0] < one["sd"] < RIGHT[1]]
+    targets.add("guard_through", 100 * float(np.mean(through)))
+    if "guard" in found:
+        targets.add("guard_hits", 100 * float(np.mean([bool(one["refused"]) for one in found["guard"].values()])))
 
 
 def picture(shifts: dict[str, dict]) -> None:
@@ -297,15 +361,55 @@ def alone_block(found: dict) -> str:
         return ""
     lines = [
         "",
-        "| without halves | LPET | best Gaussian | stage 1 | sure | PET-only contrast kept: stage 1, sure | guard |",
+        "| without halves | LPET | best Gaussian | stage 1 | sure | PET-only contrast kept: stage 1, sure | "
+        "SD of the noise, measured over true | guard |",
     ]
-    lines.append("|---" * 7 + "|")
+    lines.append("|---" * 8 + "|")
     for name, one in found["alone"].items():
         rows = one["target"]
         cells = [f"{rows[key]['psnr']:.2f}" for key in ("LPET", "best Gaussian", "stage 1", "sure")]
         cells.append(", ".join(f"{rows[key]['contrast_kept']:.2f}" for key in ("stage 1", "sure")))
-        lines.append(f"| {name} | " + " | ".join([*cells, "refused" if one["refused"] else "let through"]) + " |")
+        cells += [f"{one['sd']:.2f}", "refused" if one["refused"] else "let through"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def guard_block(found: dict) -> str:
+    """Wrong estimates of the noise: what a step rule without the guard would have kept, and what the guard said."""
+    if not found.get("guard"):
+        return ""
+    lines = ["", "| wrong estimate of the noise | PSNR without the guard | guard |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {one['cost']:+.2f} dB | {'refused: ' + one['refused'] if one['refused'] else '**let through**'} |"
+        for name, one in found["guard"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cohort(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
+    """Adapt to other patients of a shift, and measure what adapting costs in time."""
+    for shift in tqdm(missing(found, "cohort", COHORT), desc="other patients", unit="shift"):
+        keep(found, "cohort", shift, from_others(parent, shift, settings, slices, anatomy))
+    for count in missing(found, "minutes", ("64",)):
+        whole = target(next(iter(found["shifts"])), 940_000, int(count), anatomy)
+        keep(found, "minutes", count, {"split": adapted(parent, whole, "split", settings)[1].seconds / 60})
+
+
+def missing(found: dict, part: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name not in found.get(part, {})]
+
+
+def publish(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
+    """Targets and figure of what is measured."""
+    targets = Targets("adapt", GOALS, "make adaptation")
+    report(found, targets)
+    targets.show()
+    targets.write()
+    picture(found["shifts"])
+
+
+# what --only can name, in the order in which all of them run
+PARTS = {"alone": alone, "guard": guard, "store": store, "cohort": cohort, "report": publish}
 
 
 def main(
@@ -316,25 +420,19 @@ def main(
     steps: Annotated[int, typer.Option(help="of stage 2, at most")] = Adaptation.steps,
     anatomy: Annotated[str, typer.Option(help="another one than the test anatomy writes nothing")] = TEST_ANATOMIES[0],
     learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
-    only_alone: Annotated[bool, typer.Option("--alone", help="only the targets without halves")] = False,
-    only_store: Annotated[bool, typer.Option("--store", help="only the adapted weights of notebook 06")] = False,
-    only_report: Annotated[bool, typer.Option("--report", help="measure nothing, write what is measured")] = False,
+    only: Annotated[str | None, typer.Option(help="one part: " + ", ".join(PARTS))] = None,
 ) -> None:
     """Adapt to each shift and compare with stage 1 and the oracle."""
     elsewhere = anatomy != TEST_ANATOMIES[0]
     parent, settings = load_pretrained("cpu"), Adaptation(steps=steps, learning_rate=learning_rate)
-    if only_store:
-        return store(parent, settings, slices)
     path = RESULTS / "adaptation.json"
     setting = {"dose_reduction": DOSE, "slices": slices, "samples": K, "steps": steps, "others": OTHERS}
     setting["parent"] = parent.card.get("rounded_from", parent.fingerprint)
     found = json.loads(path.read_text()) if path.exists() and not elsewhere else {}
     if found.get("setting") != setting:  # measured in another way, or with other weights
         found = {"setting": setting, "shifts": {}}
-    if only_report:
-        return publish(found)
-    if only_alone:
-        return alone(parent, settings, found, slices, anatomy)
+    if only:
+        return PARTS[only](parent, settings, found, slices, anatomy)
     for shift in tqdm(shifts or missing(found, "shifts", (*SHIFTS, *PAIRS)), desc="shifts", unit="shift"):
         one = measure(parent, shift, settings, slices, anatomy)
         line = {name: float(round(row["psnr"], 2)) for name, row in one["target"].items()}
@@ -344,27 +442,8 @@ def main(
             keep(found, "shifts", shift, one)
     if elsewhere or shifts:
         return
-    alone(parent, settings, found, slices, anatomy)
-    store(parent, settings, slices)
-    for shift in tqdm(missing(found, "cohort", COHORT), desc="other patients", unit="shift"):
-        keep(found, "cohort", shift, from_others(parent, shift, settings, slices, anatomy))
-    for slices in missing(found, "minutes", ("64",)):
-        whole = target(next(iter(found["shifts"])), 940_000, int(slices), anatomy)
-        keep(found, "minutes", slices, {"split": adapted(parent, whole, "split", settings)[1].seconds / 60})
-    publish(found)
-
-
-def missing(found: dict, part: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name not in found.get(part, {})]
-
-
-def publish(found: dict) -> None:
-    """Targets and figure of what is measured."""
-    targets = Targets("adapt", GOALS, "make adaptation")
-    report(found, targets)
-    targets.show()
-    targets.write()
-    picture(found["shifts"])
+    for part in PARTS.values():
+        part(parent, settings, found, slices, anatomy)
 
 
 if __name__ == "__main__":

@@ -276,5 +276,5 @@ def test_the_stored_adaptation_is_of_the_shipped_weights():
     with safe_open(ROOT / "notebooks" / "06_stage2.safetensors", "pt") as stored:
         about, names = stored.metadata(), set(stored.keys())
     model = load_pretrained("cpu")
-    assert about["parent"] == model.fingerprint, "run 'python benchmarks/adaptation.py --store'"
+    assert about["parent"] == model.fingerprint, "run 'python benchmarks/adaptation.py --only store'"
     assert names < set(model.state_dict()) and about["shift"] == "amyloid+t2-mr" and int(about["steps"]) > 0
