@@ -376,12 +376,10 @@ def alone_block(found: dict) -> str:
 
 def guard_block(found: dict) -> str:
     """Wrong estimates of the noise: what a step rule without the guard would have kept, and what the guard said."""
-    if not found.get("guard"):
-        return ""
-    lines = ["", "| wrong estimate of the noise | PSNR without the guard | guard |", "|---|---|---|"]
+    lines = ["| wrong estimate of the noise | PSNR without the guard | guard |", "|---|---|---|"]
     lines += [
         f"| {name} | {one['cost']:+.2f} dB | {'refused: ' + one['refused'] if one['refused'] else '**let through**'} |"
-        for name, one in found["guard"].items()
+        for name, one in found.get("guard", {}).items()
     ]
     return "\n".join(lines) + "\n"
 

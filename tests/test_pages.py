@@ -18,7 +18,7 @@ def pages():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         yield importlib.import_module("pages")
-    for name in ("pages", "results", "evidence", "ablations", "adaptation", "any_noise"):
+    for name in ("pages", "results", "evidence", "ablations", "adaptation", "any_noise", "detection"):
         sys.modules.pop(name, None)  # other tests load these under the same names
 
 
@@ -134,11 +134,18 @@ def test_what_the_diffusion_is_worth_follows_the_numbers(pages, found, change, s
         ("read_continued", "false contrast, continued", "adds 1.000", "takes 1.000"),
         ("read_adaptation", "sure at home", "1.00 dB above stage 1", "1.00 dB below stage 1"),
         ("read_evidence", "kept small", "not the price", "are the price"),
+        ("read_detection", "detected over kernel EM", "above that of kernel EM", "**below** that of kernel EM"),
     ],
 )
 def test_sentences_under_the_tables_follow_the_numbers(pages, found, reading, key, high, low):
     for value, words in ((1.0, high), (-1.0, low)):
         assert words in getattr(pages, reading)(found | {key: pages.Number(value, value, value)})
+
+
+def test_who_detects_better_follows_the_doses(pages, found):
+    for ours, gaussian, words in ((3.0, 2.0, "too, it is better"), (2.0, 3.0, "no better than a Gaussian")):
+        doses = {"equivalent dose, restored": ours, "equivalent dose, Gaussian": gaussian}
+        assert words in pages.read_detection(found | {k: pages.Number(v, v, v) for k, v in doses.items()})
 
 
 def test_a_difference_in_words():
