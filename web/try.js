@@ -85,17 +85,17 @@
     return MFDIFF.gpuChecked.agreement > 60 ? gpu : null;
   }
 
-  // Asks the GPU as long as it answers, then the CPU.
-  function insteadOf(cpu, gpu) {
+  // Asks the GPU as long as it answers, then the CPU again.
+  function insteadOf(cpus, gpu) {
     let answers = true;
     return async (question) => {
       try {
         if (answers) return await gpu(question);
       } catch {
         answers = false;
-        computeOn([cpu], CPU);
+        computeOn(cpus, CPU);
       }
-      return cpu(question);
+      return cpus[0](question);
     };
   }
 
@@ -460,11 +460,10 @@
     for (const id of ["restore", "check"]) element(id).disabled = false;
     element("told").textContent = "Ready.";
     await restore();
-    // The rest starts last, so that the first picture does not wait for it.
+    // A second worker draws every second sample. It starts last, so that the first picture does not wait for it.
+    if ((navigator.hardwareConcurrency || 1) > 1) computeOn([cpu, await startCpu()], CPU);
     const gpu = await startGpu().catch(() => null); // in silence: the CPU computes the same
-    if (gpu) computeOn([insteadOf(cpu, gpu)], "GPU (WebGPU)");
-    // A second worker draws every second sample.
-    else if ((navigator.hardwareConcurrency || 1) > 1) computeOn([cpu, await startCpu()], CPU);
+    if (gpu) computeOn([insteadOf(workers, gpu)], "GPU (WebGPU)");
     MFDIFF.settled = true;
   }
 
