@@ -330,7 +330,7 @@
     const columns = [["SPET", shown.spet], ["LPET", shown.lpet], ["coarse", coarse], ["restored", shown.mean]];
     const brain = plane(state.images.brain), labels = plane(state.scan.labels);
     const tissue = plane(state.images.tissues).map((kind) => kind > 0);
-    const written = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : "-");
+    const written = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits).replace(/^-(?=[0.]*$)/, "") : "-");
     const rows = [["", ...columns.map(([name]) => name)]];
     rows.push(["PSNR [dB]", ...columns.map(([name, image]) => {
       return image && name !== "SPET" ? written(psnr(image, shown.spet, brain), 2) : "-";
