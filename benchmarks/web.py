@@ -1,7 +1,7 @@
 """Cost and truth of the page that restores in a browser: `make web`, then `make web-targets`.
 
-Opens runs/web/try.html from disk in headless Chromium, alone on the machine. Writes the rows of group "web" in
-results/targets.json.
+Opens runs/web/try.html from disk in headless Chromium, without a GPU, alone on the machine. Writes the rows of group
+"web" in results/targets.json.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
     targets = Targets("web", GOALS, "make web-targets")
     targets.add("size", sum(path.stat().st_size for path in SITE.rglob("*") if path.is_file()) / 1e6)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--headless", "--no-sandbox"])
+        flags = ["--headless", "--no-sandbox", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         measure(browser.new_page(viewport={"width": 1280, "height": 1000}), targets)
         browser.close()
     targets.write()

@@ -342,33 +342,53 @@ def test_module_becomes_a_script():
 def test_a_folder_of_the_reader_is_not_replaced(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(web.WebError, match="is not an earlier page"):
-        web.build(None, [], {}, "", b"", tmp_path)
+        web.build(None, [], {}, {}, tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """launch(*more arguments): a browser without a network."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="no browser test: Playwright is missing; install it: pip install playwright"
+    )
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no browser test: Chromium is missing; install it (Debian, Ubuntu: apt-get install chromium)")
+    if not web.TARBALL.is_file():
+        pytest.skip(f"no browser test: {web.PACKAGE} is not on this machine; 'make web' fetches it")
+    with sync_api.sync_playwright() as playwright:
+
+        def launch(*more):
+            always = ["--headless", "--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"]
+            return playwright.chromium.launch(executable_path=path, args=[*always, *more])
+
+        yield launch
+
+
+@pytest.fixture(scope="module")
+def site(chromium, shipped, tmp_path_factory):
+    model, stored, network = shipped
+    out = tmp_path_factory.mktemp("web") / "site"
+    web.build(model, [stored], network, web.runtimes(web.fetched()), out)
+    return out
+
+
+def told(page, start):
+    page.wait_for_function(
+        "s => RegExp(`^(${s}|It stopped)`).test(document.getElementById('told').textContent)", arg=start
+    )
+    assert page.inner_text("#told").startswith(start), page.inner_text("#told")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_page_from_disk_restores_what_the_package_restores(shipped, tmp_path):
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="no browser test: Playwright is missing; install it: pip install playwright"
-    )
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no browser test: Chromium is missing; install it (Debian, Ubuntu: apt-get install chromium)")
-    if not web.TARBALL.is_file():
-        pytest.skip(f"no browser test: {web.PACKAGE} is not on this machine; 'make web' fetches it")
-    model, stored, network = shipped
-    out = tmp_path / "site"
-    web.build(model, [stored], network, *web.runtime(web.fetched()), out)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium,
-            args=["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"],
-        )
-        try:
-            use_page(browser.new_page(viewport={"width": 1280, "height": 1000}), out)
-        finally:
-            browser.close()
+def test_page_from_disk_restores_what_the_package_restores(chromium, site):
+    browser = chromium("--disable-gpu")
+    try:
+        use_page(browser.new_page(viewport={"width": 1280, "height": 1000}), site)
+    finally:
+        browser.close()
 
 
 def use_page(page, out):
@@ -378,16 +398,11 @@ def use_page(page, out):
     page.on("request", lambda request: asked.add(request.url.partition(":")[0]))
     page.goto((out / "try.html").as_uri())
 
-    def told(start):
-        page.wait_for_function(
-            "s => RegExp(`^(${s}|It stopped)`).test(document.getElementById('told').textContent)", arg=start
-        )
-        assert page.inner_text("#told").startswith(start), page.inner_text("#told")
-
     def picture(name):
         return page.evaluate(f"document.getElementById('pane-{name}').toDataURL()")
 
-    told("Done")
+    told(page, "Done")
+    assert page.inner_text("#device").startswith("Computes on: CPU (WebAssembly)")
     page.click("#check")
     page.wait_for_function("MFDIFF.checked")
     assert page.evaluate("MFDIFF.checked.agreement") > 60
@@ -395,13 +410,13 @@ def use_page(page, out):
 
     # The reader's hands: a lesion with the keyboard, then no MR; each must change what is shown.
     page.fill("#samples", "1")
-    told("Done")
+    told(page, "Done")
     before = {name: picture(name) for name in ("lpet", "spet", "mean", "gate", "mr")}
     page.check("input[value=paint]")
     page.focus("#pane-lpet")
     page.keyboard.press("ArrowUp")
     page.keyboard.press("Enter")
-    told("Done: coarse estimate")
+    told(page, "Done: coarse estimate")
     page.wait_for_function("MFDIFF.page.state.result && MFDIFF.page.state.result.samples === 1")
     assert "your lesion 1" in page.inner_text("#numbers")
     assert all(picture(name) != before[name] for name in ("lpet", "spet", "mean"))
@@ -410,7 +425,7 @@ def use_page(page, out):
     assert page.evaluate("Math.max(...MFDIFF.page.state.result.gate)") == 0
     page.click("#restore")
     page.click("#cancel")
-    told("Cancelled")
+    told(page, "Cancelled")
     SHOTS.mkdir(parents=True, exist_ok=True)
     for width, theme in ((420, "light"), (1280, "light"), (1280, "dark"), (1920, "dark")):  # for people to look at
         page.set_viewport_size({"width": width, "height": 1000})
@@ -418,3 +433,78 @@ def use_page(page, out):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.screenshot(path=SHOTS / f"web-{width}-{theme}.png", full_page=True)
     assert not errors and asked <= {"file", "data", "blob"}, (errors, asked)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_webgpu_restores_what_the_package_restores(chromium, shipped, site, tmp_path, monkeypatch):
+    """With an adapter in software, which the page takes only when it is told to."""
+    browser = chromium("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+    try:
+        page = browser.new_page()
+        page.set_default_timeout(1_700_000)
+        page.goto((site / "try.html").as_uri())
+        found = "navigator.gpu ? navigator.gpu.requestAdapter().then((one) => one && one.info.isFallbackAdapter) : null"
+        if not page.evaluate(found):
+            pytest.skip("no test of WebGPU: this browser gives no adapter in software; a newer Chromium does")
+        page.wait_for_function("MFDIFF.settled")
+        assert page.inner_text("#device").startswith("Computes on: CPU") and not page.evaluate("MFDIFF.gpuChecked")
+        model, _, network = shipped
+        monkeypatch.setitem(web.CHECKED, "samples", 1)  # such an adapter takes half a minute for a sample
+        stored = web.stored_case(model, web.CASES[1], web.simulated(web.CASES[1], 3), doses=())
+        web.build(model, [stored], network, web.runtimes(web.fetched()), tmp_path / "site")
+        page.goto((tmp_path / "site" / "try.html").as_uri() + "?gpu=software")
+        page.wait_for_function("MFDIFF.settled")
+        assert page.evaluate("MFDIFF.gpuChecked.agreement") > 60
+        assert page.evaluate("MFDIFF.gpuChecked.gate") < 1e-3
+        assert page.inner_text("#device") == "Computes on: GPU (WebGPU)."
+    finally:
+        browser.close()
+
+
+BAD_GPUS = {  # what is put round the answers of a good worker: of its start, of a check, and then of a restoration
+    "does not start": "answer = () => { throw new Error('no device'); };",
+    "is 1 % off": """const right = answer; answer = async (question) => {
+        const { coarse, ...rest } = await right(question);
+        return coarse ? { coarse: coarse.map((value) => 1.01 * value), ...rest } : rest;
+    };""",
+    "stops later": """const right = answer; let left = 1 + 26 + 3; answer = (question) => {
+        if (left-- < 1) throw new Error("the device was lost");
+        return right(question);
+    };""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", BAD_GPUS)
+def test_a_bad_gpu_leaves_it_to_the_cpu(chromium, site, fault):
+    """In silence, with the right result. The GPU is a stand-in: WebAssembly with a fault."""
+    browser = chromium("--disable-gpu")
+    try:
+        page, errors = browser.new_page(), []
+        page.set_default_timeout(180_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.add_init_script(
+            "Object.defineProperty(navigator, 'gpu', { value: { requestAdapter: async () => ({ info: {} }) } });"
+        )
+        files = web.runtimes(web.fetched())["cpu"]
+        fake = web._script("gpu", files | {"worker": files["worker"] + BAD_GPUS[fault]})
+        page.route("**/gpu.js", lambda route: route.fulfill(body=fake, content_type="text/javascript"))
+        page.goto((site / "try.html").as_uri())
+        page.wait_for_function("MFDIFF.settled")
+        if fault == "stops later":
+            assert page.evaluate("MFDIFF.gpuChecked.agreement") > 60
+            assert page.inner_text("#device") == "Computes on: GPU (WebGPU)."
+            page.click("#restore")
+            page.wait_for_function("document.getElementById('device').textContent.includes('CPU')")
+            told(page, "Done")
+        elif fault == "is 1 % off":
+            assert 30 < page.evaluate("MFDIFF.gpuChecked.agreement") < 60
+        assert page.inner_text("#device").startswith("Computes on: CPU (WebAssembly)")
+        page.click("#check")
+        page.wait_for_function("MFDIFF.checked")
+        assert page.evaluate("MFDIFF.checked.agreement") > 60
+        assert not errors
+    finally:
+        browser.close()

@@ -5,7 +5,9 @@
 
 A browser lets a page from disk read no file beside it but scripts; therefore everything is a script. The network is
 exported as it is, nothing of it is written a second time. `onnxruntime-web` comes from npm, once, and is held to its
-hash.
+hash. Two of its builds are there: WebAssembly for every browser, and WebGPU for those with a graphics card and JSPI (as
+text 5.5 MB; the build that does without JSPI has 8.8 MB). WebGPU was tried with an adapter in software, with no real
+graphics card.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ ROOT = HERE.parent
 PACKAGE = "onnxruntime-web@1.30.0"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 TARBALL = ROOT / "runs" / "npm" / "onnxruntime-web-1.30.0.tgz"
-RUNTIME, WASM = "package/dist/ort.wasm.bundle.min.mjs", "package/dist/ort-wasm-simd-threaded.wasm"
+RUNTIMES = {  # the script and the WebAssembly that it starts; that for WebGPU needs a browser with JSPI
+    "cpu": ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"),
+    "gpu": ("ort.jspi.bundle.min.mjs", "ort-wasm-simd-threaded.jspi.wasm"),
+}
 DOSES = (4, 20, 50, 100)  # dose-reduction factors; that of the check comes from CHECKED
 CHECKED = {"dose": 20, "samples": 4, "seed": 0}  # what the page and the package restore alike
 SLICES = 9
@@ -254,11 +259,14 @@ def fetched(tarball: Path = TARBALL) -> Path:
     return tarball
 
 
-def runtime(tarball: Path) -> tuple[str, bytes]:
-    """The script of the worker that runs the network, and the WebAssembly that it starts."""
+def runtimes(tarball: Path) -> dict[str, dict[str, str]]:
+    """For "cpu" and "gpu": the script of the worker that runs the network, and the WebAssembly that it starts."""
+    found, own = {}, (HERE / "worker.js").read_text(encoding="utf-8")
     with tarfile.open(tarball) as package:
-        module, wasm = (package.extractfile(name).read() for name in (RUNTIME, WASM))  # type: ignore[union-attr]
-    return as_classic_script(module.decode()) + (HERE / "worker.js").read_text(encoding="utf-8"), wasm
+        for kind, names in RUNTIMES.items():
+            module, wasm = (package.extractfile(f"package/dist/{name}").read() for name in names)  # type: ignore[union-attr]
+            found[kind] = {"worker": as_classic_script(module.decode()) + own, "wasm": text_of(wasm)}
+    return found
 
 
 def as_classic_script(module: str) -> str:
@@ -270,7 +278,7 @@ def as_classic_script(module: str) -> str:
 
     script, count = re.subn(r"export\{([^}]*)\};?\s*(//#.*)?\s*$", named, module)
     if count != 1:
-        raise WebError(f"{PACKAGE}: expected one list of exports at the end of {RUNTIME}, found {count}")
+        raise WebError(f"{PACKAGE}: expected one list of exports at the end of its script, found {count}")
     return script.replace("import.meta.url", "self.location.href")
 
 
@@ -307,15 +315,19 @@ def padded_size(cases: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 def build(
-    model: MFdiff, cases: list[dict[str, Any]], network: dict[str, bytes], worker: str, wasm: bytes, out: Path
+    model: MFdiff,
+    cases: list[dict[str, Any]],
+    network: dict[str, bytes],
+    runtimes: dict[str, dict[str, str]],
+    out: Path,
 ) -> None:
     """Make the folder and put it in place of an earlier one, all or nothing. Raises WebError."""
     if out.exists() and not (out / "try.html").is_file():
         raise WebError(f"{out} exists and is not an earlier page, which would be replaced: name another --out")
-    files = {name: text_of(data) for name, data in network.items()} | {"wasm": text_of(wasm), "worker": worker}
     scripts = {"settings": _script("settings", settings(model, padded_size(cases)))}
     scripts |= {f"case{number}": _script("cases.push", case) for number, case in enumerate(cases)}
-    scripts["network"] = _script("files", files)
+    scripts["network"] = _script("models", {name: text_of(data) for name, data in network.items()})
+    scripts |= {kind: _script(kind, files) for kind, files in runtimes.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".web_", dir=out.parent) as temporary:
         site = Path(temporary, "site")
@@ -355,13 +367,13 @@ def main(
 ) -> None:
     """Make the page on which the model restores in the reader's browser."""
     try:
-        worker, wasm = runtime(fetched())
+        ready = runtimes(fetched())
         model, cases = load_model(weights, "cpu") if weights else load_pretrained("cpu"), []
         for case in CASES:
             typer.echo(f"{case.title}: scanning and restoring one patient")
             cases.append(stored_case(model, case, simulated(case)))
         typer.echo("exporting the network")
-        build(model, cases, exported(model, *padded_size(cases)), worker, wasm, out)
+        build(model, cases, exported(model, *padded_size(cases)), ready, out)
     except (WebError, OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None

@@ -4,7 +4,7 @@
 // A volume is {data: Float32Array, shape: [Z, X, Y]}, slice by slice; an image is a Float32Array of X rows of Y.
 // `settings` comes from web/build.py, so that no number of the package is written a second time.
 
-const MFDIFF = { cases: [], files: null, settings: null };
+const MFDIFF = { cases: [], models: null, cpu: null, gpu: null, settings: null };
 
 // --- stored bytes ----------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@
   ];
   const SLIDERS = ["slice", "dx", "dy", "turn", "diameter", "uptake", "samples", "fidelity", "window"];
   const COMPUTED = ["dx", "dy", "turn", "samples", "fidelity", "dose", "mr", "slice", "case"];
+  const CPU = "CPU (WebAssembly)";
   const state = { images: null, other: null, marks: [], cross: [0, 0], result: null, scan: null, run: 0 };
 
   const chosen = () => cases[element("case").selectedIndex];
@@ -29,14 +30,27 @@
 
   // --- the network, in workers ---------------------------------------------------------------------------------------
 
-  const workers = [];
+  let workers = []; // those that compute now: each a function that answers a question
   const Cancelled = class extends Error {};
 
-  async function startWorker() {
-    const [fusion, denoiser, wasm] = await Promise.all(["fusion", "denoiser", "wasm"].map((name) => {
-      return bytesOf(MFDIFF.files[name]);
-    }));
-    const source = URL.createObjectURL(new Blob([MFDIFF.files.worker], { type: "text/javascript" }));
+  const loaded = (name) => new Promise((resolve, reject) => {
+    const script = Object.assign(document.createElement("script"), { src: name, onload: resolve });
+    script.onerror = () => reject(new Error(`expected ${name} beside this page, found none; copy the whole folder`));
+    document.head.append(script);
+  });
+
+  function computeOn(chosenOnes, device) {
+    workers = chosenOnes;
+    const several = workers.length > 1 ? `, ${workers.length} threads` : "";
+    element("device").textContent = `Computes on: ${device}${several}.`;
+  }
+
+  // kind: "cpu" or "gpu", with the providers of onnxruntime that belong to it.
+  async function startWorker(kind, providers) {
+    if (!MFDIFF[kind]) await loaded(`${kind}.js`);
+    const files = [MFDIFF.models.fusion, MFDIFF.models.denoiser, MFDIFF[kind].wasm];
+    const [fusion, denoiser, wasm] = await Promise.all(files.map(bytesOf));
+    const source = URL.createObjectURL(new Blob([MFDIFF[kind].worker], { type: "text/javascript" }));
     const worker = new Worker(source), waiting = new Map();
     let count = 0;
     const failed = (error) => { waiting.forEach(({ reject }) => reject(error)); waiting.clear(); };
@@ -50,23 +64,53 @@
       waiting.set(++count, { resolve, reject });
       worker.postMessage({ id: count, ...question });
     });
-    await ask({ wasm, models: { fusion: new Uint8Array(fusion), denoiser: new Uint8Array(denoiser) } });
-    workers.push(ask);
+    await ask({ wasm, providers, models: { fusion: new Uint8Array(fusion), denoiser: new Uint8Array(denoiser) } });
+    return ask;
   }
 
-  // What restoreSlice calls; every answer counts as progress, and none comes after a cancel.
-  function networkOf(run, onStep) {
+  const startCpu = () => startWorker("cpu", ["wasm"]);
+
+  // A GPU takes over once it has restored the stored slice as the package did; null if there is none that does. One
+  // that is software is slower than WebAssembly: only "?gpu=software" in the address takes it, for a test.
+  async function startGpu() {
+    if (!navigator.gpu || !WebAssembly.Suspending) return null;
+    const adapter = await navigator.gpu.requestAdapter();
+    const software = new URLSearchParams(location.search).get("gpu") === "software";
+    if (!adapter || (adapter.info.isFallbackAdapter && !software)) return null;
+    const { scan, options, compared } = await storedSlice();
+    const gpu = await startWorker("gpu", ["webgpu", "wasm"]);
+    const network = networkOf([gpu], () => {});
+    const result = await restoreSlice(network, modelView(scan, settings), options.z, options, settings);
+    MFDIFF.gpuChecked = compared(result);
+    return MFDIFF.gpuChecked.agreement > 60 ? gpu : null;
+  }
+
+  // Asks the GPU as long as it answers, then the CPU again.
+  function insteadOf(cpus, gpu) {
+    let answers = true;
+    return async (question) => {
+      try {
+        if (answers) return await gpu(question);
+      } catch {
+        answers = false;
+        computeOn(cpus, CPU);
+      }
+      return cpus[0](question);
+    };
+  }
+
+  // What restoreSlice calls. `onAnswer` counts, and throws after a cancel.
+  function networkOf(lanes, onAnswer) {
     const [height, width] = settings.padded, f = (value) => ({ data: Float32Array.of(value), shape: [1] });
     const ask = async (lane, model, inputs) => {
-      const outputs = await workers[lane % workers.length]({ model, inputs });
-      if (run !== state.run) throw new Cancelled();
-      onStep();
+      const outputs = await lanes[lane % lanes.length]({ model, inputs });
+      onAnswer();
       return outputs;
     };
     const stackOf = (data) => ({ data, shape: [1, settings.context, height, width] });
     const map = (data) => ({ data, shape: [1, 1, height, width] });
     return {
-      lanes: workers.length,
+      lanes: lanes.length,
       fusion: (lpet, mr, dose) => ask(0, "fusion", { lpet: stackOf(lpet), mr: stackOf(mr), dose: f(dose) }),
       async denoise(xt, time, { lpet, feature }, dose, lane) {
         const channels = (4 * feature.length) / (height * width);
@@ -136,7 +180,8 @@
     let done = 0, coarse = "";
     element("cancel").disabled = false;
     element("told").textContent = "Computing ...";
-    const network = networkOf(run, () => {
+    const network = networkOf(workers, () => {
+      if (run !== state.run) throw new Cancelled();
       done++;
       element("progress").value = Math.min(done / total, 1);
       element("told").textContent = `Step ${Math.min(done, total)} of ${total}, ${seconds()} s`;
@@ -150,8 +195,7 @@
     element("cancel").disabled = true;
     element("progress").value = 1;
     const drawn = options.samples ? `, ${options.samples} sample${options.samples > 1 ? "s" : ""} ${seconds()} s` : "";
-    element("told").textContent = `Done: coarse estimate ${coarse} s${drawn}, on ${workers.length} ` +
-      `WebAssembly thread${workers.length > 1 ? "s" : ""}.`;
+    element("told").textContent = `Done: coarse estimate ${coarse} s${drawn}.`;
     return { ...result, coarseSeconds: Number(coarse), seconds: Number(seconds()) };
   }
 
@@ -174,25 +218,30 @@
     }
   }
 
-  // The middle slice again as the package restored it, from the same noise: the agreement in dB.
+  // The middle slice as the package restored it: what to restore, from the same noise, and the agreement in dB.
+  async function storedSlice() {
+    const { check: expected } = chosen(), { images } = state, stored = await unpacked(expected.images);
+    const size = settings.padded[0] * settings.padded[1];
+    const noise = (pair) => stored.noise_exact.data.slice(pair * size, (pair + 1) * size);
+    const count = stored.mean_exact.data.length;
+    const brain = images.brain.data.subarray(expected.slice * count, (expected.slice + 1) * count);
+    const compared = ({ mean, gate }) => ({
+      agreement: psnr(mean, stored.mean_exact.data, brain),
+      gate: Math.max(...gate.map((value, i) => (brain[i] ? Math.abs(value - stored.gate_exact.data[i]) : 0))),
+    });
+    const scan = { lpet: images[`lpet${expected.dose}`], mr: images.mr, dose: expected.dose };
+    return { scan, options: { z: expected.slice, samples: expected.samples, fidelity: 0, noise }, compared };
+  }
+
   async function check() {
     await guarded(async () => {
-      const { check: expected } = chosen(), stored = await unpacked(expected.images), { images } = state;
-      const size = settings.padded[0] * settings.padded[1];
-      const noise = (pair) => stored.noise_exact.data.slice(pair * size, (pair + 1) * size);
-      const scan = { lpet: images[`lpet${expected.dose}`], mr: images.mr, dose: expected.dose };
+      const { scan, options, compared } = await storedSlice();
       state.view = null;
       element("agreement").textContent = "Computing ...";
-      const options = { z: expected.slice, samples: expected.samples, fidelity: 0, noise };
-      const result = await compute(scan, options);
+      MFDIFF.checked = compared(await compute(scan, options));
       state.view = null;
-      const count = stored.mean_exact.data.length;
-      const brain = images.brain.data.subarray(expected.slice * count, (expected.slice + 1) * count);
-      const agreement = psnr(result.mean, stored.mean_exact.data, brain);
-      const largest = Math.max(...result.gate.map((value, i) => (brain[i] ? Math.abs(value - stored.gate_exact.data[i]) : 0)));
-      MFDIFF.checked = { agreement, gate: largest, result, stored };
-      element("agreement").textContent = `${agreement.toFixed(1)} dB between this page and the package (slice ` +
-        `${expected.slice + 1}, ${expected.samples} samples; above 60 dB no eye tells them apart).`;
+      element("agreement").textContent = `${MFDIFF.checked.agreement.toFixed(1)} dB between this page and the package ` +
+        `(slice ${options.z + 1}, ${options.samples} samples; above 60 dB no eye tells them apart).`;
     });
   }
 
@@ -281,7 +330,7 @@
     const columns = [["SPET", shown.spet], ["LPET", shown.lpet], ["coarse", coarse], ["restored", shown.mean]];
     const brain = plane(state.images.brain), labels = plane(state.scan.labels);
     const tissue = plane(state.images.tissues).map((kind) => kind > 0);
-    const written = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : "-");
+    const written = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits).replace(/^-(?=[0.]*$)/, "") : "-");
     const rows = [["", ...columns.map(([name]) => name)]];
     rows.push(["PSNR [dB]", ...columns.map(([name, image]) => {
       return image && name !== "SPET" ? written(psnr(image, shown.spet, brain), 2) : "-";
@@ -405,17 +454,17 @@
   }
 
   async function loadNetwork() {
-    await new Promise((resolve, reject) => {
-      const script = Object.assign(document.createElement("script"), { src: "network.js", onload: resolve });
-      script.onerror = () => reject(new Error("expected network.js beside this page, found none; copy the whole folder"));
-      document.head.append(script);
-    });
-    await startWorker();
+    await loaded("network.js");
+    const cpu = await startCpu();
+    computeOn([cpu], CPU);
     for (const id of ["restore", "check"]) element(id).disabled = false;
     element("told").textContent = "Ready.";
     await restore();
     // A second worker draws every second sample. It starts last, so that the first picture does not wait for it.
-    if ((navigator.hardwareConcurrency || 1) > 1) await startWorker();
+    if ((navigator.hardwareConcurrency || 1) > 1) computeOn([cpu, await startCpu()], CPU);
+    const gpu = await startGpu().catch(() => null); // in silence: the CPU computes the same
+    if (gpu) computeOn([insteadOf(workers, gpu)], "GPU (WebGPU)");
+    MFDIFF.settled = true;
   }
 
   async function start() {

@@ -2,13 +2,13 @@
 
 const sessions = {};
 
-async function answer({ wasm, models, model, inputs }) {
+async function answer({ wasm, models, providers, model, inputs }) {
   if (wasm) {
     ort.env.wasm.numThreads = 1; // threads need memory that a page from disk may not share
     ort.env.wasm.wasmBinary = wasm;
     ort.env.logLevel = "error";
     for (const [name, bytes] of Object.entries(models)) {
-      sessions[name] = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+      sessions[name] = await ort.InferenceSession.create(bytes, { executionProviders: providers, logSeverityLevel: 3 });
     }
     return {};
   }
@@ -19,10 +19,14 @@ async function answer({ wasm, models, model, inputs }) {
   return outputs;
 }
 
-self.onmessage = async ({ data: { id, ...question } }) => {
-  try {
-    self.postMessage({ id, outputs: await answer(question) });
-  } catch (error) {
-    self.postMessage({ id, error: String(error.message || error) });
-  }
+// One question after the other: a session on a GPU takes no second one while it waits.
+let last = Promise.resolve();
+self.onmessage = ({ data: { id, ...question } }) => {
+  last = last.then(async () => {
+    try {
+      self.postMessage({ id, outputs: await answer(question) });
+    } catch (error) {
+      self.postMessage({ id, error: String(error.message || error) });
+    }
+  });
 };
