@@ -468,7 +468,11 @@ BAD_GPUS = {  # what is put round the answers of a good worker: of its start, of
         const { coarse, ...rest } = await right(question);
         return coarse ? { coarse: coarse.map((value) => 1.01 * value), ...rest } : rest;
     };""",
-    "stops later": """const right = answer; let left = 1 + 26 + 3; answer = (question) => {
+    "is slow": """const right = answer; let asked = 0; answer = async (question) => {
+        if (++asked > 1 + 26) await new Promise((done) => setTimeout(done, 20_000));
+        return right(question);
+    };""",
+    "stops later": """const right = answer; let left = 1 + 26 + 2 + 3; answer = (question) => {
         if (left-- < 1) throw new Error("the device was lost");
         return right(question);
     };""",
@@ -499,6 +503,8 @@ def test_a_bad_gpu_leaves_it_to_the_cpu(chromium, site, fault):
             page.click("#restore")
             page.wait_for_function("document.getElementById('device').textContent.includes('CPU')")
             told(page, "Done")
+        elif fault == "is slow":
+            assert page.evaluate("MFDIFF.gpuChecked.agreement") > 60
         elif fault == "is 1 % off":
             assert 30 < page.evaluate("MFDIFF.gpuChecked.agreement") < 60
         assert page.inner_text("#device").startswith("Computes on: CPU (WebAssembly)")

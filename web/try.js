@@ -65,24 +65,36 @@
       worker.postMessage({ id: count, ...question });
     });
     await ask({ wasm, providers, models: { fusion: new Uint8Array(fusion), denoiser: new Uint8Array(denoiser) } });
-    return ask;
+    return Object.assign(ask, { end: () => worker.terminate() });
   }
 
   const startCpu = () => startWorker("cpu", ["wasm"]);
 
-  // A GPU takes over once it has restored the stored slice as the package did; null if there is none that does. One
-  // that is software is slower than WebAssembly: only "?gpu=software" in the address takes it, for a test.
-  async function startGpu() {
+  // A GPU takes over once it has restored the stored slice as the package did, and not slower than the CPU by far; null
+  // if there is none that does. One that is software is slower: only "?gpu=software" in the address takes it, for a test.
+  async function startGpu(cpu) {
     if (!navigator.gpu || !WebAssembly.Suspending) return null;
     const adapter = await navigator.gpu.requestAdapter();
     const software = new URLSearchParams(location.search).get("gpu") === "software";
     if (!adapter || (adapter.info.isFallbackAdapter && !software)) return null;
     const { scan, options, compared } = await storedSlice();
     const gpu = await startWorker("gpu", ["webgpu", "wasm"]);
-    const network = networkOf([gpu], () => {});
-    const result = await restoreSlice(network, modelView(scan, settings), options.z, options, settings);
-    MFDIFF.gpuChecked = compared(result);
-    return MFDIFF.gpuChecked.agreement > 60 ? gpu : null;
+    const view = modelView(scan, settings), idle = () => {};
+    const on = (lane, more) => restoreSlice(networkOf([lane], idle), view, options.z, { ...options, ...more }, settings);
+    const quickest = async (lane) => {
+      const taken = [];
+      for (let i = 0; i < 2; i++) {
+        const began = performance.now();
+        await on(lane, { samples: 0 });
+        taken.push(performance.now() - began);
+      }
+      return Math.min(...taken);
+    };
+    MFDIFF.gpuChecked = compared(await on(gpu));
+    const sound = MFDIFF.gpuChecked.agreement > 60 && (software || (await quickest(gpu)) < 2 * (await quickest(cpu)));
+    if (sound) return gpu;
+    gpu.end();
+    return null;
   }
 
   // Asks the GPU as long as it answers, then the CPU again.
@@ -462,7 +474,7 @@
     await restore();
     // A second worker draws every second sample. It starts last, so that the first picture does not wait for it.
     if ((navigator.hardwareConcurrency || 1) > 1) computeOn([cpu, await startCpu()], CPU);
-    const gpu = await startGpu().catch(() => null); // in silence: the CPU computes the same
+    const gpu = await startGpu(cpu).catch(() => null); // in silence: the CPU computes the same
     if (gpu) computeOn([insteadOf(workers, gpu)], "GPU (WebGPU)");
     MFDIFF.settled = true;
   }
