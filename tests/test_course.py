@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,27 +58,75 @@ def test_every_mistake_of_08_is_a_card_before_it_is_measured():
     assert all(cells[i + 1]["cell_type"] == "code" for i in cards)
 
 
+def touched(code: str) -> set[str]:
+    """Names that a program binds, stores into, or calls a method of that changes it."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef | ast.alias):
+            names.add((getattr(node, "asname", None) or node.name).split(".")[0])
+        changes = isinstance(node, ast.Attribute) and node.attr in (
+            "append",
+            "extend",
+            "insert",
+            "pop",
+            "update",
+            "setdefault",
+        )
+        if changes or isinstance(getattr(node, "ctx", None), ast.Store):
+            while isinstance(node, ast.Attribute | ast.Subscript):
+                node = node.value
+            names |= {node.id} if isinstance(node, ast.Name) else set()
+    return names
+
+
+def taken_from(cells: list[dict], begins: str, ends: str) -> set[str]:
+    """Names that the cells behind a part read as the part left them; `found` only collects."""
+    codes, part = ["", "", ""], 0
+    for cell in cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            part += (begins, ends, "\0")[part] in text
+        else:
+            codes[part] += "\n".join(line for line in text.splitlines() if line[:1] != "%") + "\n"
+    assert part == 2 and len(touched(codes[1])) > 10
+    left = touched(codes[0]) - touched(codes[1]) | {"found"}
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "-"]
+    program = " = ".join(sorted(left)) + " = None\n" + codes[2]
+    done = subprocess.run(command, input=program, capture_output=True, text=True)
+    return {complaint["message"].split("`")[1] for complaint in json.loads(done.stdout)}
+
+
 @pytest.mark.parametrize(
     ("name", "begins", "ends"), [("06_stage2", "## 2. A toy", "## 3. "), ("08_evaluation", "## 2. Spot", "## 3. ")]
 )
 def test_a_part_of_its_own_can_be_left_out(name, begins, ends):
-    """No cell behind it reads a name that only the part sets."""
-    part, read, written = 0, [set(), set(), set()], [set(), set(), set()]
-    for cell in cells_of(ROOT / "notebooks" / f"{name}.ipynb"):
-        text = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            part += (begins, ends, "\0")[part] in text
-            continue
-        for node in ast.walk(ast.parse("\n".join(line for line in text.splitlines() if line[:1] != "%"))):
-            if isinstance(node, ast.Name):
-                (read if isinstance(node.ctx, ast.Load) else written)[part].add(node.id)
-            elif isinstance(node, ast.FunctionDef):
-                written[part].add(node.name)
-            elif isinstance(node, ast.arg):
-                written[part].add(node.arg)
-    own = written[1] - written[0]
-    assert len(own) > 10 and part == 2
-    assert not own & read[2] - written[2]
+    assert not taken_from(cells_of(ROOT / "notebooks" / f"{name}.ipynb"), begins, ends)
+
+
+@pytest.mark.parametrize(
+    ("part", "behind", "taken"),
+    [
+        ("only = 1", "print(only)", {"only"}),
+        ("only = 1", "print(only)\nonly = 2", {"only"}),  # set again, but too late
+        ("only = 1", "only = 2\nprint(only)", set()),
+        ("only = 1", "def f():\n    return only", {"only"}),
+        ("only = 1", "print([only for only in before])", set()),
+        ("before = 1", "print(before)", {"before"}),  # was there, and is another now
+        ("before['a'] = 1", "print(before)", {"before"}),
+        ("before[0].a |= 1", "print(before)", {"before"}),
+        ("before.append(1)", "print(before)", {"before"}),
+        ("found['a'] = before", "print(found, before)", set()),
+        ("def only():\n    return 1", "only()", {"only"}),
+        ("import a as only", "only.b()", {"only"}),
+    ],
+)
+def test_a_cell_that_needs_the_part_is_noticed(part, behind, taken):
+    heads = [{"cell_type": "markdown", "source": [text]} for text in ("## P", "## Q")]
+    many = ";".join(f"own{i} = {i}" for i in range(11))
+    before, part, behind = (
+        {"cell_type": "code", "source": [code]} for code in ("before, found = {}, {}", f"{part}\n{many}", behind)
+    )
+    assert taken_from([before, heads[0], part, heads[1], behind], "## P", "## Q") == taken
 
 
 @each_notebook
