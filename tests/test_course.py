@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latex2mathml.converter import convert
 from safetensors import safe_open
 
 from mfdiff_lite.evaluation import beside
@@ -17,6 +18,7 @@ from mfdiff_lite.model import load_pretrained, training_runs
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+ASSIGNMENTS = sorted((ROOT / "notebooks" / "assignments").glob("[0-9]*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,23 @@ def test_links_of_the_notebooks_lead_somewhere(path):
                 assert (path.parent / target).exists(), target
 
 
+def unreadable(text: str) -> list[str]:
+    """Commands of formulas that MathML, which pages and book are made with, shows as they are written."""
+    formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL), re.DOTALL)
+    return [name for formula in formulas for name in re.findall(r"\\\w+", convert(formula.strip("$")))]
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *ASSIGNMENTS], ids=lambda path: path.stem)
+def test_formulas_are_readable(path):
+    texts = ["".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "markdown"]
+    assert not [name for text in texts for name in unreadable(text)]
+
+
+def test_an_unreadable_formula_is_noticed():
+    assert unreadable(r"a $\big\langle x \big\rangle$ b $$\nosuch{x}$$") == [r"\langle", r"\rangle", r"\nosuch"]
+    assert not unreadable(r"a $\langle x \rangle$, `$\nosuch$` and $$\sqrt{\bar\alpha_t}$$")
+
+
 @each_notebook
 def test_plots_and_bookkeeping_are_folded(path):
     """An import, a plot of its own and what writes metrics.json carry the tag that the book and the pages fold."""
@@ -245,6 +264,11 @@ CONCLUSIONS = {
     "parts": [
         (([1.0, 1.1, 0.9], [1.0, 0.9, 0.8]), "The rest gained more. On the way the smooth part got worse"),
         (([1.0, 0.9, 0.5], [1.0, 0.9, 0.8]), "The smooth part gained more. Neither"),
+    ],
+    "run": [
+        (({"lpet": 15.9, "coarse": 25.2}, {"lpet": 12.6, "coarse": 23.2}), "do not compare"),
+        (({"lpet": 15.9, "coarse": 25.2}, {"lpet": 15.9, "coarse": 25.5}), "0.30 dB above the run before"),
+        (({"lpet": 15.9, "coarse": 25.2}, {"lpet": 15.9, "coarse": 25.1}), "0.10 dB below the run before"),
     ],
     "average": [(([0.1],), "was ahead"), (([-0.1],), "lagged behind"), (([0.0],), "No difference")],
     "gap": [

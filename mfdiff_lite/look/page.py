@@ -82,7 +82,8 @@ def panel(
     low, high = window or (0, float(np.percentile(image, 99.8)))
     extent = (-half_x, half_x, -half_y, half_y)
     drawn = ax.imshow(image.T, cmap, vmin=low, vmax=high, origin="lower", extent=extent, interpolation="nearest")
-    ax.set(title=title, xlim=(88, -88), ylim=(-104, 104), xticks=[], yticks=[], facecolor=drawn.cmap(drawn.norm(0)))
+    outside = np.nan if np.isnan(image).any() else 0
+    ax.set(title=title, xlim=(88, -88), ylim=(-104, 104), xticks=[], yticks=[], facecolor=drawn.cmap(drawn.norm(outside)))
     ax.spines[:].set_visible(False)
     for side, x in (("R", 0.02), ("L", 0.93)):
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
