@@ -48,6 +48,7 @@ TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 <details class="folded"><summary style="color: var(--jp-ui-font-color2)">code</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock input_group -%}"""
+WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 SCRIPT = re.compile(r"<script.*?</script>", re.DOTALL)
 FETCHES = re.compile(r"<script[^>]*\bsrc=|mathjax|//cdn")  # what a page's template would load from elsewhere
@@ -206,6 +207,9 @@ def write_page(executed: Path) -> Path:
     notebook = nbformat.read(executed, as_version=4)
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # of a progress bar, the last state
     notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:  # a widget without a still picture would be shown by its name
+        shown = [o for o in cell.get("outputs", []) if set(o.get("data", {})) != {WIDGET, "text/plain"}]
+        cell.update({"outputs": shown} if cell.cell_type == "code" else {})
     page, _ = exporter.from_notebook_node(notebook)
     written = executed.with_suffix(".html")
     page = SCRIPT.sub(lambda script: "" if FETCHES.search(script[0]) else script[0], page)

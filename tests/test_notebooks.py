@@ -235,6 +235,7 @@ def test_pages_fold_tagged_code_and_keep_answers_closed(tmp_path):
     drawn["attachments"] = {"a.svg": {"image/svg+xml": "PHN2Zy8+"}}
     folded = new.new_code_cell("hidden = 1", metadata={"tags": ["hide-input"]})
     bar = [new.new_output("stream", name="stdout", text=f"\rstep {k}") for k in (1, 2)]
+    bar.append(new.new_output("display_data", data={"text/plain": "Slider(value=1)", run.WIDGET: {"model_id": "0"}}))
     cells = [new.new_markdown_cell(box), drawn, folded, new.new_code_cell("shown = 2", outputs=bar)]
     path = tmp_path / "a.ipynb"
     nbformat.write(new.new_notebook(cells=cells), path)
@@ -245,7 +246,7 @@ def test_pages_fold_tagged_code_and_keep_answers_closed(tmp_path):
     code = page.split('<details class="folded">')
     assert len(code) == 2 and "hidden" in code[1].split("</details>")[0] and "shown" in code[1].split("</details>")[1]
     assert "data:image/svg+xml;base64,PHN2Zy8+" in page
-    assert "step 2" in page and "step 1" not in page
+    assert "step 2" in page and "step 1" not in page and "Slider" not in page
 
 
 # Plain papermill, from any folder
