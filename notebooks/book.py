@@ -43,7 +43,7 @@ toc_object_entries_show_parents = "hide"
 html_theme = "furo"
 html_theme_options = {"announcement": "For teaching and research. Not a medical device."}
 html_static_path = html_css_files = ["book.css"]
-pygments_dark_style = "monokai"
+pygments_dark_style = "native"
 html_show_copyright = html_copy_source = html_use_index = False
 html_show_search_summary = False  # read from the pages found, which a browser forbids on disk
 html_math_renderer = "mathml"
@@ -94,6 +94,7 @@ def setup(app):
 CSS = """
 .content { width: 58em }  /* a line of code has up to 120 characters */
 .cell_input pre { font-size: .82em }
+.content details { margin-bottom: 1em }
 .formula { margin: 1em 0; overflow-x: auto }
 .cell_output table:not(.docutils) { display: block; overflow-x: auto; border-collapse: collapse; margin: 1em 0 }
 .cell_output :is(th, td) { padding: .25em .6em; text-align: left; vertical-align: top }
