@@ -7,6 +7,7 @@ One page more has the library's public names and their docstrings. The site need
 elsewhere: open OUT/index.html.
 """
 
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -28,6 +29,9 @@ PAGE = ROOT / "runs" / "web"  # of `make web`, where it was made: it goes into t
 LINK = re.compile(r"\[([^][]*)]\(([^)\s#:]+)(?:#[^)\s]*)?\)")  # [text](file#place) with a relative file
 ABOUT = re.compile(r"^\| \[.*]\(notebooks/(\w+\.ipynb)\) \| (.*) \|$", re.MULTILINE)  # a row of the README's table
 DOWNLOADS = "downloads"
+BINDER = "https://mybinder.org/v2/gh/{}/HEAD?urlpath=lab/tree/notebooks/{}"  # builds from environment.yml
+ABOUT_BINDER = """*Launch* on a notebook's page starts it on mybinder.org, a free service, as it is in github.com/{}.
+It works if that repository is public. The first start takes minutes, and what you change there is not kept."""
 CONF = r'''
 import re
 
@@ -39,7 +43,7 @@ toc_object_entries_show_parents = "hide"
 html_theme = "furo"
 html_theme_options = {"announcement": "For teaching and research. Not a medical device."}
 html_static_path = html_css_files = ["book.css"]
-pygments_dark_style = "monokai"
+pygments_dark_style = "native"
 html_show_copyright = html_copy_source = html_use_index = False
 html_show_search_summary = False  # read from the pages found, which a browser forbids on disk
 html_math_renderer = "mathml"
@@ -90,6 +94,7 @@ def setup(app):
 CSS = """
 .content { width: 58em }  /* a line of code has up to 120 characters */
 .cell_input pre { font-size: .82em }
+.content details { margin-bottom: 1em }
 .formula { margin: 1em 0; overflow-x: auto }
 .cell_output table:not(.docutils) { display: block; overflow-x: auto; border-collapse: collapse; margin: 1em 0 }
 .cell_output :is(th, td) { padding: .25em .6em; text-align: left; vertical-align: top }
@@ -112,6 +117,19 @@ def library_page() -> str:
     return "\n".join(rows)
 
 
+def repository() -> str:
+    """OWNER/NAME on GitHub: the `Homepage` of pyproject.toml, as installed; "" if that is elsewhere."""
+    urls = importlib.metadata.metadata("mfdiff_lite").get_all("Project-URL") or []
+    found = re.search(r"^Homepage, https://github\.com/([^/]+/[^/]+?)(\.git)?/?$", "\n".join(urls), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def ways_out(name: str) -> str:
+    """Under a notebook's head: the file to download, and where mybinder.org runs the repository's copy of it."""
+    launch = f" · [Launch this notebook on Binder]({BINDER.format(repository(), name)})" * bool(repository())
+    return f"\n\n{{download}}`Download this notebook <../{DOWNLOADS}/{name}>`{launch}"
+
+
 def write_sources(executed: Path, source: Path) -> None:
     """Fill `source`, laid out like the repository: executed notebooks, README, every file these link to, an index."""
     copies = sorted(executed.glob("[0-9][0-9]_*.ipynb"))
@@ -132,7 +150,7 @@ def write_sources(executed: Path, source: Path) -> None:
         if stored.is_file():  # as the course hands it out, without outputs
             (source / DOWNLOADS).mkdir(exist_ok=True)
             shutil.copy(stored, source / DOWNLOADS / path.name)
-            notebook.cells[0].source += f"\n\n{{download}}`Download this notebook <../{DOWNLOADS}/{path.name}>`"
+            notebook.cells[0].source += ways_out(path.name)
         text = nbformat.writes(notebook).replace("(attachment:", "(../docs/drawings/")  # MyST knows no attachments
         for folder in (ROOT, executed.resolve().parent):  # where it was executed is nobody's business
             text = text.replace(f"{folder}/", "")
@@ -159,7 +177,8 @@ def write_sources(executed: Path, source: Path) -> None:
     link = f'<p><a href="{PAGE.name}/try.html">Restore a slice in this browser</a></p>'
     index += [link, ""] * PAGE.is_dir()
     index += ["## The notebooks", f"Executed with profile {', '.join(sorted(profiles))}.", ""]
-    index += ["| | |", "|---|---|", *rows, "", "Every public name: [the library](library.rst).", ""]
+    index += ["| | |", "|---|---|", *rows, "", *[ABOUT_BINDER.format(repository()), ""] * bool(repository())]
+    index += ["Every public name: [the library](library.rst).", ""]
     index += ["Words: [glossary](docs/glossary.md). Symbols: [notation](docs/notation.md).", ""]
     index = LINK.sub(lambda link: link[1] if Path(link[2]).name in absent else link[0], "\n".join(index)).split("\n")
     listed = [page.with_suffix("").as_posix() if page.name != "README.md" else "Read me <README>" for page, _ in pages]

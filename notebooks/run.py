@@ -30,17 +30,25 @@ from latex2mathml.converter import convert
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 HERE = Path(__file__).resolve().parent
 CELL_SECONDS = {"smoke": 120, "cpu": 2 * 3600, "gpu": 24 * 3600}  # the longest that one cell may take, by profile
 TAIL = 25  # lines of traceback worth reading
-FOLDED = """{%- extends 'lab/index.html.j2' -%}
+TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_css -%}{{ super() }}<style>
+.jp-InputArea-editor { overflow-x: auto }  /* a line of code is longer than a phone is wide */
+.jp-RenderedMarkdown .highlight { margin-bottom: 1em }
+@media (min-width: 761px) { /* pictures and tables begin where text does */
+  .jp-OutputArea-child:not(.jp-OutputArea-executeResult) > .jp-RenderedHTMLCommon { padding-left: 17px } }
+</style>{%- endblock html_head_css -%}
 {%- block input_group -%}
 {%- if 'hide-input' in cell.metadata.get('tags', []) -%}
 <details class="folded"><summary style="color: var(--jp-ui-font-color2)">code</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock input_group -%}"""
+WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 SCRIPT = re.compile(r"<script.*?</script>", re.DOTALL)
 FETCHES = re.compile(r"<script[^>]*\bsrc=|mathjax|//cdn")  # what a page's template would load from elsewhere
@@ -193,11 +201,15 @@ def write_page(executed: Path) -> Path:
 
     exporter = HTMLExporter(
         filters={"markdown2html": markdown},
-        raw_template=FOLDED,
+        raw_template=TEMPLATE,
         **{f"{script}_url": "" for script in ("require_js", "jquery", "mathjax")},
     )
     notebook = nbformat.read(executed, as_version=4)
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # of a progress bar, the last state
     notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:  # a widget without a still picture would be shown by its name
+        shown = [o for o in cell.get("outputs", []) if set(o.get("data", {})) != {WIDGET, "text/plain"}]
+        cell.update({"outputs": shown} if cell.cell_type == "code" else {})
     page, _ = exporter.from_notebook_node(notebook)
     written = executed.with_suffix(".html")
     page = SCRIPT.sub(lambda script: "" if FETCHES.search(script[0]) else script[0], page)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 from urllib.parse import unquote
 
 import nbformat
@@ -120,6 +121,25 @@ def test_links_lead_to_pages_and_places_of_the_site(site, pages):
     assert {"00_quickstart.html", "../README.html"} <= set(second.links)
     assert "notebooks/00_quickstart.html" in pages[site / "index.html"].links
     assert "03_diffusion" not in first.text, "a notebook that was not executed has no page"
+
+
+def test_launch_link_is_made_from_the_metadata(site, pages, monkeypatch):
+    home = re.search(r'^Homepage = "https://github.com/(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    link = f"https://mybinder.org/v2/gh/{home}/HEAD?urlpath=lab/tree/notebooks/01_data.ipynb"
+    assert link in pages[site / "notebooks/01_data.html"].links
+    assert f"github.com/{home}" in pages[site / "index.html"].text
+    for address, owner in {
+        "https://github.com/lecturer/my.fork": "lecturer/my.fork",
+        "https://github.com/lecturer/fork.git": "lecturer/fork",
+        "https://github.com/lecturer": "",
+        "https://example.org/a/b": "",
+    }.items():
+        urls = ["Issues, https://github.com/other/one", f"Homepage, {address}"]
+        monkeypatch.setattr(book.importlib.metadata, "metadata", lambda name, urls=urls: Mock(get_all=lambda key: urls))
+        assert book.repository() == owner
+        assert (
+            (f"/gh/{owner}/HEAD" in book.ways_out("a.ipynb")) == ("Binder" in book.ways_out("a.ipynb")) == bool(owner)
+        )
 
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):

@@ -25,6 +25,7 @@ import pytest
 from nbconvert import HTMLExporter
 from PIL import Image
 
+from mfdiff_lite.evaluation import compare
 from mfdiff_lite.look import State, explore, knobs, render, report_html
 from mfdiff_lite.phantom import Lesion
 from mfdiff_lite.scan import Scan
@@ -436,6 +437,23 @@ def test_report_from_disk(browser, case, tmp_path):
     assert page.page.locator("img").count() == 0 and "not a medical device" in page.page.inner_text("body")
     page.check()
     page.page.close()
+
+
+def test_reports_and_knobs_fit_a_phone(browser, case, tmp_path):
+    scan, phone = case[0], {"viewport": {"width": 390, "height": 800}}
+    (tmp_path / "report.html").write_text(
+        report_html(scan, scan.spet, {"LPET": "folder/" * 20, "seed": 0}, compare(scan, {"a long name": scan.lpet})),
+        "utf-8",
+    )
+    dials = {"dose reduction (DRF)": [4, 20], "post-filter, FWHM [mm]": ["none", "some"]}
+    dialled = knobs(dials, {"LPET": [scan.lpet] * 4}, scan=scan).save(tmp_path / "knobs.html")
+    for path in (tmp_path / "report.html", dialled):
+        page = Page(browser, path, **phone)
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
+        said = page.page.locator(".knob .said, .knob button").all()
+        assert len(said) == (4 if path == dialled else 0)
+        assert all(one.bounding_box()["x"] + one.bounding_box()["width"] <= 390 for one in said)
+        page.page.close()
 
 
 def test_a_page_without_scripts_shows_one_picture(browser, case, tmp_path):

@@ -4,11 +4,13 @@ import ast
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from latex2mathml.converter import convert
 from safetensors import safe_open
 
 from mfdiff_lite.evaluation import beside
@@ -16,6 +18,7 @@ from mfdiff_lite.model import load_pretrained, training_runs
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+ASSIGNMENTS = sorted((ROOT / "notebooks" / "assignments").glob("[0-9]*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -57,27 +60,75 @@ def test_every_mistake_of_08_is_a_card_before_it_is_measured():
     assert all(cells[i + 1]["cell_type"] == "code" for i in cards)
 
 
+def touched(code: str) -> set[str]:
+    """Names that a program binds, stores into, or calls a method of that changes it."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef | ast.alias):
+            names.add((getattr(node, "asname", None) or node.name).split(".")[0])
+        changes = isinstance(node, ast.Attribute) and node.attr in (
+            "append",
+            "extend",
+            "insert",
+            "pop",
+            "update",
+            "setdefault",
+        )
+        if changes or isinstance(getattr(node, "ctx", None), ast.Store):
+            while isinstance(node, ast.Attribute | ast.Subscript):
+                node = node.value
+            names |= {node.id} if isinstance(node, ast.Name) else set()
+    return names
+
+
+def taken_from(cells: list[dict], begins: str, ends: str) -> set[str]:
+    """Names that the cells behind a part read as the part left them; `found` only collects."""
+    codes, part = ["", "", ""], 0
+    for cell in cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            part += (begins, ends, "\0")[part] in text
+        else:
+            codes[part] += "\n".join(line for line in text.splitlines() if line[:1] != "%") + "\n"
+    assert part == 2 and len(touched(codes[1])) > 10
+    left = touched(codes[0]) - touched(codes[1]) | {"found"}
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "-"]
+    program = " = ".join(sorted(left)) + " = None\n" + codes[2]
+    done = subprocess.run(command, input=program, capture_output=True, text=True)
+    return {complaint["message"].split("`")[1] for complaint in json.loads(done.stdout)}
+
+
 @pytest.mark.parametrize(
     ("name", "begins", "ends"), [("06_stage2", "## 2. A toy", "## 3. "), ("08_evaluation", "## 2. Spot", "## 3. ")]
 )
 def test_a_part_of_its_own_can_be_left_out(name, begins, ends):
-    """No cell behind it reads a name that only the part sets."""
-    part, read, written = 0, [set(), set(), set()], [set(), set(), set()]
-    for cell in cells_of(ROOT / "notebooks" / f"{name}.ipynb"):
-        text = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            part += (begins, ends, "\0")[part] in text
-            continue
-        for node in ast.walk(ast.parse("\n".join(line for line in text.splitlines() if line[:1] != "%"))):
-            if isinstance(node, ast.Name):
-                (read if isinstance(node.ctx, ast.Load) else written)[part].add(node.id)
-            elif isinstance(node, ast.FunctionDef):
-                written[part].add(node.name)
-            elif isinstance(node, ast.arg):
-                written[part].add(node.arg)
-    own = written[1] - written[0]
-    assert len(own) > 10 and part == 2
-    assert not own & read[2] - written[2]
+    assert not taken_from(cells_of(ROOT / "notebooks" / f"{name}.ipynb"), begins, ends)
+
+
+@pytest.mark.parametrize(
+    ("part", "behind", "taken"),
+    [
+        ("only = 1", "print(only)", {"only"}),
+        ("only = 1", "print(only)\nonly = 2", {"only"}),  # set again, but too late
+        ("only = 1", "only = 2\nprint(only)", set()),
+        ("only = 1", "def f():\n    return only", {"only"}),
+        ("only = 1", "print([only for only in before])", set()),
+        ("before = 1", "print(before)", {"before"}),  # was there, and is another now
+        ("before['a'] = 1", "print(before)", {"before"}),
+        ("before[0].a |= 1", "print(before)", {"before"}),
+        ("before.append(1)", "print(before)", {"before"}),
+        ("found['a'] = before", "print(found, before)", set()),
+        ("def only():\n    return 1", "only()", {"only"}),
+        ("import a as only", "only.b()", {"only"}),
+    ],
+)
+def test_a_cell_that_needs_the_part_is_noticed(part, behind, taken):
+    heads = [{"cell_type": "markdown", "source": [text]} for text in ("## P", "## Q")]
+    many = ";".join(f"own{i} = {i}" for i in range(11))
+    before, part, behind = (
+        {"cell_type": "code", "source": [code]} for code in ("before, found = {}, {}", f"{part}\n{many}", behind)
+    )
+    assert taken_from([before, heads[0], part, heads[1], behind], "## P", "## Q") == taken
 
 
 @each_notebook
@@ -106,6 +157,23 @@ def test_links_of_the_notebooks_lead_somewhere(path):
         if cell["cell_type"] == "markdown":
             for target in re.findall(r"\]\(([^)#\s:]+)\)", "".join(cell["source"])):
                 assert (path.parent / target).exists(), target
+
+
+def unreadable(text: str) -> list[str]:
+    """Commands of formulas that MathML, which pages and book are made with, shows as they are written."""
+    formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL), re.DOTALL)
+    return [name for formula in formulas for name in re.findall(r"\\\w+", convert(formula.strip("$")))]
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *ASSIGNMENTS], ids=lambda path: path.stem)
+def test_formulas_are_readable(path):
+    texts = ["".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "markdown"]
+    assert not [name for text in texts for name in unreadable(text)]
+
+
+def test_an_unreadable_formula_is_noticed():
+    assert unreadable(r"a $\big\langle x \big\rangle$ b $$\nosuch{x}$$") == [r"\langle", r"\rangle", r"\nosuch"]
+    assert not unreadable(r"a $\langle x \rangle$, `$\nosuch$` and $$\sqrt{\bar\alpha_t}$$")
 
 
 @each_notebook
@@ -196,6 +264,11 @@ CONCLUSIONS = {
     "parts": [
         (([1.0, 1.1, 0.9], [1.0, 0.9, 0.8]), "The rest gained more. On the way the smooth part got worse"),
         (([1.0, 0.9, 0.5], [1.0, 0.9, 0.8]), "The smooth part gained more. Neither"),
+    ],
+    "run": [
+        (({"lpet": 15.9, "coarse": 25.2}, {"lpet": 12.6, "coarse": 23.2}), "do not compare"),
+        (({"lpet": 15.9, "coarse": 25.2}, {"lpet": 15.9, "coarse": 25.5}), "0.30 dB above the run before"),
+        (({"lpet": 15.9, "coarse": 25.2}, {"lpet": 15.9, "coarse": 25.1}), "0.10 dB below the run before"),
     ],
     "average": [(([0.1],), "was ahead"), (([-0.1],), "lagged behind"), (([0.0],), "No difference")],
     "gap": [

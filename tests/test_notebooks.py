@@ -228,13 +228,15 @@ def test_harness_passes_parameters_and_writes_copy_and_html(tmp_path):
 
 
 def test_pages_fold_tagged_code_and_keep_answers_closed(tmp_path):
-    """Also: a picture that is attached to a cell is in the page."""
+    """Also: a picture that is attached to a cell is in the page, and of a progress bar the last state."""
     new = nbformat.v4
     box = "> **Predict.** What?\n\n<details><summary>Answer</summary>\n\nThis *answer*.\n\n</details>"
     drawn = new.new_markdown_cell("![a drawing](attachment:a.svg)")
     drawn["attachments"] = {"a.svg": {"image/svg+xml": "PHN2Zy8+"}}
     folded = new.new_code_cell("hidden = 1", metadata={"tags": ["hide-input"]})
-    cells = [new.new_markdown_cell(box), drawn, folded, new.new_code_cell("shown = 2")]
+    bar = [new.new_output("stream", name="stdout", text=f"\rstep {k}") for k in (1, 2)]
+    bar.append(new.new_output("display_data", data={"text/plain": "Slider(value=1)", run.WIDGET: {"model_id": "0"}}))
+    cells = [new.new_markdown_cell(box), drawn, folded, new.new_code_cell("shown = 2", outputs=bar)]
     path = tmp_path / "a.ipynb"
     nbformat.write(new.new_notebook(cells=cells), path)
     run.write_page(path)
@@ -244,6 +246,7 @@ def test_pages_fold_tagged_code_and_keep_answers_closed(tmp_path):
     code = page.split('<details class="folded">')
     assert len(code) == 2 and "hidden" in code[1].split("</details>")[0] and "shown" in code[1].split("</details>")[1]
     assert "data:image/svg+xml;base64,PHN2Zy8+" in page
+    assert "step 2" in page and "step 1" not in page and "Slider" not in page
 
 
 # Plain papermill, from any folder

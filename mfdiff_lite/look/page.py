@@ -82,7 +82,10 @@ def panel(
     low, high = window or (0, float(np.percentile(image, 99.8)))
     extent = (-half_x, half_x, -half_y, half_y)
     drawn = ax.imshow(image.T, cmap, vmin=low, vmax=high, origin="lower", extent=extent, interpolation="nearest")
-    ax.set(title=title, xlim=(88, -88), ylim=(-104, 104), xticks=[], yticks=[], facecolor=drawn.cmap(drawn.norm(0)))
+    outside = np.nan if np.isnan(image).any() else 0
+    ax.set(
+        title=title, xlim=(88, -88), ylim=(-104, 104), xticks=[], yticks=[], facecolor=drawn.cmap(drawn.norm(outside))
+    )
     ax.spines[:].set_visible(False)
     for side, x in (("R", 0.02), ("L", 0.93)):
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -133,8 +136,9 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 1em auto; padding: 0 1em; 
 h1 {{ font-size: 1.3em; margin: 0 0 .3em }}
 h2 {{ font-size: 1.1em; margin: 1.2em 0 .3em }}
 table {{ border-collapse: collapse }}
-th, td {{ text-align: left; vertical-align: top; padding: .15em 1.5em .15em 0; overflow-wrap: anywhere }}
-th {{ font-weight: normal; white-space: nowrap }}
+th, td {{ text-align: left; vertical-align: top; padding: .15em 1.5em .15em 0 }}
+th {{ font-weight: normal }}
+th[scope=row] {{ white-space: nowrap }}
 </style>
 </head>
 <body>

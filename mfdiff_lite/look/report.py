@@ -42,10 +42,13 @@ def report_html(
     where `WORDS` has one. table: of `compare`. hints: what the checks of the input noticed."""
     parts = [WARNING, explore(scan, restored).html()]
     if table is not None:
-        parts += ["<h2>Against the standard-dose PET</h2>", table._repr_html_()]
+        parts.append(f'<h2>Against the standard-dose PET</h2><div style="overflow-x:auto">{table._repr_html_()}</div>')
     noticed = "".join(f"<li>{html.escape(hint)}</li>" for hint in hints)
     parts.append(f"<h2>What the checks of the input noticed</h2><ul>{noticed or '<li>nothing</li>'}</ul>")
-    cells = ((html.escape(str(what)), html.escape(str(value)), WORDS.get(what, "")) for what, value in lines.items())
-    rows = "".join(f'<tr><th scope="row">{a}</th><td>{b}</td><td>{c}</td></tr>' for a, b, c in cells)
-    parts.append(f'<h2>How it was made</h2><div style="overflow-x:auto"><table>{rows}</table></div>')
+    cells = ((html.escape(str(what)), html.escape(str(value)), WORDS.get(what)) for what, value in lines.items())
+    rows = "".join(
+        f'<tr><th scope="row">{what}</th><td>{value}{f"<br><small>{words}</small>" if words else ""}</td></tr>'
+        for what, value, words in cells
+    )
+    parts.append(f'<h2>How it was made</h2><table style="overflow-wrap:anywhere">{rows}</table>')
     return document(f"{scan.name}: PET restoration", "\n".join(parts))

@@ -957,7 +957,7 @@ thead th { border-bottom: 1px solid color-mix(in srgb, currentColor 35%, transpa
 .chart i { display: inline-block; width: 10px; height: 10px }
 p[role=status] { margin: 2px 0 0; min-height: 2.7em; opacity: .9 }
 .help { font: inherit; white-space: pre-wrap; margin: 0 0 4px; padding: 6px 10px; border: 1px solid color-mix(in srgb, currentColor 35%, transparent) }
-@media (max-width: 600px) { input[type=range], input[type=range].slice { width: 120px } button, select { min-height: 30px } }
+@media (max-width: 600px) { input[type=range], input[type=range].slice, .knob input[type=range] { width: 120px } button, select { min-height: 30px } }
 @media print { .bars { display: none } }
 `;
 

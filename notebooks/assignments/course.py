@@ -273,8 +273,9 @@ def grade_folder(
 STYLE = """
 :root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
 body { max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
-td, th { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #8886 }
-td:nth-child(2) { white-space: nowrap }
+table { border-collapse: collapse; width: 100% }
+td { padding: .3rem 0; vertical-align: top; border-bottom: 1px solid #8886 }
+td:nth-child(2) { white-space: nowrap; text-align: right; padding-left: 1rem }
 blockquote { white-space: pre-wrap; border-left: 3px solid #8886; margin: .5rem 0; padding-left: 1rem }
 """
 
@@ -305,11 +306,12 @@ def feedback(name: str, source: NotebookNode, scores: dict, notes: list[str], wr
     rows = [f"<h2>{html.escape(name)}: {total} of {sum(worth.values())} points for checks</h2>", "<table>"]
     for cell in (cell for cell in source.cells if tagged(cell, "check")):
         k, _, idea = CHECK.match(cell.source).groups()
-        found = (f"Check {k}: {idea}", f"{scores[int(k)]} of {worth[int(k)]}", told[int(k)])
-        rows.append("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in found) + "</tr>")
+        hint = told[int(k)].replace("NotImplementedError: write this", "not written yet")
+        idea = html.escape(f"Check {k}: {idea}") + f"<br><em>{html.escape(hint)}</em>" * bool(hint)
+        rows.append(f"<tr><td>{idea}</td><td>{scores[int(k)]} of {worth[int(k)]}</td></tr>")
     if hidden:
         reached = f"{sum(scores[k] for k in hidden)} of {sum(worth[k] for k in hidden)}"
-        rows.append(f"<tr><td>Further checks, of other numbers</td><td>{reached}</td><td></td></tr>")
+        rows.append(f"<tr><td>Further checks, of other numbers</td><td>{reached}</td></tr>")
     rows += ["</table>", *(f"<p>{html.escape(note)}</p>" for note in others)]
     for k, (worth_it, _) in questions(source).items():
         text = html.escape(written[k]) or "<em>no answer</em>"
