@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import threading
 import warnings
 import zlib
@@ -24,6 +25,7 @@ from .phantom import Lesion
 from .scan import Scan, maps_to_mm, without_nan
 from .sidecar import Frames, chosen_frames, converted, is_dicom, sidecar_of, suv_factor
 
+ADDRESS = re.compile("^(https?|s3|ftp):/+")
 ASSUMED_DOSE_REDUCTION = 20.0  # of files whose user does not say it
 
 
@@ -132,8 +134,9 @@ def read_image(path: str | Path, frames: Frames = None) -> nib.Nifti1Image:
         with converted(path) as nifti:
             return read_image(nifti, frames)
     if not Path(path).is_file():
-        found, advice = _what_is_there(Path(path))
-        raise OSError(f"{path}: expected a NIfTI file, found {found}; {advice}")
+        found, advice = _what_is_there(path)
+        called = ADDRESS.sub(r"\1://", str(path))  # of which a path keeps one slash
+        raise OSError(f"{called}: expected a NIfTI file, found {found}; {advice}")
     try:
         with quiet_nibabel():
             image: Any = nib.load(path)
@@ -206,7 +209,7 @@ def _one_orientation(image: nib.Nifti1Image, path: object, stated: bool) -> None
 
 def _what_is_there(path: Path) -> tuple[str, str]:
     """What stands where a file was expected, and what to do."""
-    if str(path).startswith(("http:/", "https:/", "s3:/", "ftp:/")):
+    if ADDRESS.match(str(path)):
         return "an address of the network", "download it first and name the file"
     if path.is_symlink():
         if "annex" in str(path.readlink()):

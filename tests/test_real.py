@@ -129,7 +129,7 @@ def test_beyond_a_side_that_cuts_the_head_the_box_goes_on(slab):
 
 
 def test_a_thin_slab_gains_nothing_at_its_sides(slab, shipped):
-    """8 of 128 columns,: with 4 columns of padding the first one gained 7 %."""
+    """8 of 128 columns: with 4 columns of padding the first one gained 7 %."""
     scans = [Scanner().scan(virtual_patient(load_anatomy("ahba-15697"), seed, slices=3), 20) for seed in (12, 13)]
     kept = []
     for scan in (slab, *scans):
@@ -296,6 +296,8 @@ def test_links_folders_and_addresses_are_called_by_their_names(tmp_path):
     ):
         with pytest.raises(OSError, match=f"expected a NIfTI file, found {words}"):
             load_scan(path, dose_reduction=20)
+    with pytest.raises(OSError, match=r"^https://example\.org/l\.nii\.gz: "):
+        load_scan(path, dose_reduction=20)
     (tmp_path / "dcm").mkdir()
     (tmp_path / "dcm" / "IM1").write_bytes(bytes(128) + b"DICM")
     for path in (tmp_path / "dcm", tmp_path / "dcm" / "IM1"):
