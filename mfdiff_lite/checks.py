@@ -190,7 +190,8 @@ LEARNT = (0.08, 25.0)  # the same of the low-dose images that the shipped weight
 MIXED = -0.2  # coarse noise under fine: the highest of training scans, of filters up to 8 mm and of very few counts
 SMOOTHEST = -3.05  # log variance of the finest band over the coarsest: the lowest with filters up to 8 mm
 CUT = 400.0  # mm^2 of the brain that the sides of the field of view cut
-ROUGHER = 0.4  # `coarse_under_fine` of the LPET less that of the MR (registered MRs of training heads: up to 0.35)
+CLEANER = 5.0  # counts of the LPET over those of the MR, as if that were a PET (registered MRs of training heads: 2.5)
+ROUGHER = 0.4  # ... `coarse_under_fine` of the LPET less that of the MR (likewise: 0.35)
 SIDES = 0.045  # R^2 that a head's MR explains more of the PET than its mirror image does
 MOVED = 6.0  # mm
 COPIED = 0.9  # correlation of finest detail, above which it is one noise and not one anatomy
@@ -280,14 +281,16 @@ def _field(seen: Seen) -> Finding:
 
 def _exchanged(seen: Seen) -> Finding | None:
     as_pet = None if seen.mr is None or seen.same_noise > COPIED else variances(seen.mr, seen.mask)
-    if seen.noise is None or as_pet is None:
+    if seen.counts is None or seen.noise is None or as_pet is None:
         return None
+    cleaner = seen.counts / (counts(as_pet) or math.inf)
     rougher = coarse_under_fine(seen.noise) - coarse_under_fine(as_pet)
     sentence = (
         f"{_called(seen, 'lpet')}: expected the noise of a PET, found less like it than {_called(seen, 'mr')}; the two "
         "look exchanged: give the PET as LPET and the MR as MR"
     )
-    return _finding("exchanged", rougher > ROUGHER, rougher, ROUGHER, sentence, "refuse")
+    score = max(cleaner / CLEANER, rougher / ROUGHER)
+    return _finding("exchanged", score > 1, score, 1, sentence, "refuse")
 
 
 def _mr(seen: Seen) -> Finding | None:
