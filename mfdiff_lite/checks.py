@@ -289,7 +289,7 @@ def _exchanged(seen: Seen) -> Finding | None:
         f"{_called(seen, 'lpet')}: expected the noise of a PET, found less like it than {_called(seen, 'mr')}; the two "
         "look exchanged: give the PET as LPET and the MR as MR"
     )
-    score = max(cleaner / CLEANER, rougher / ROUGHER)
+    score = max(cleaner / CLEANER, rougher / ROUGHER if cleaner > 1 / CLEANER else 0.0)
     return _finding("exchanged", score > 1, score, 1, sentence, "refuse")
 
 

@@ -134,8 +134,7 @@ def read_image(path: str | Path, frames: Frames = None) -> nib.Nifti1Image:
         with converted(path) as nifti:
             return read_image(nifti, frames)
     if not Path(path).is_file():
-        found, advice = _what_is_there(path)
-        called = ADDRESS.sub(r"\1://", str(path))  # of which a path keeps one slash
+        called, found, advice = _what_is_there(path)
         raise OSError(f"{called}: expected a NIfTI file, found {found}; {advice}")
     try:
         with quiet_nibabel():
@@ -207,15 +206,15 @@ def _one_orientation(image: nib.Nifti1Image, path: object, stated: bool) -> None
         header.set_zooms(sizes)
 
 
-def _what_is_there(path: Path) -> tuple[str, str]:
-    """What stands where a file was expected, and what to do."""
+def _what_is_there(path: Path) -> tuple[str, str, str]:
+    """The name, what stands where a file was expected, and what to do."""
     if ADDRESS.match(str(path)):
-        return "an address of the network", "download it first and name the file"
+        return ADDRESS.sub(r"\1://", str(path)), "an address of the network", "download it first and name the file"
     if path.is_symlink():
         if "annex" in str(path.readlink()):
-            return "a git-annex link whose content is not here", "fetch it, e.g. with datalad get"
-        return "a link to nothing", "check where it leads"
-    return ("a folder" if path.is_dir() else "nothing"), "check the path"
+            return str(path), "a git-annex link whose content is not here", "fetch it, e.g. with datalad get"
+        return str(path), "a link to nothing", "check where it leads"
+    return str(path), ("a folder" if path.is_dir() else "nothing"), "check the path"
 
 
 SIGNATURES = (  # (offset, bytes, what it is, what to do)
