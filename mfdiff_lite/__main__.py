@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .checks import Finding
     from .loop import TrainingState
     from .model import MFdiff, Restoration
+    from .readers.register import Registered
     from .scan import Scan
 
 app = typer.Typer(
@@ -244,7 +245,9 @@ def restore(
     _between(0, LARGEST_SEED, seed=seed)
     _ready([out, record_path(out), std, report], [lpet, mr, spet, weights], force)
     with _kept_warnings() as hints:
-        scan = _scan(lpet, mr, spet, dose_reduction, frame, frames, suv, register)
+        scan = _scan(lpet, None if register else mr, spet, dose_reduction, frame, frames, suv)
+        registered = _registered(scan, mr) if register else None
+        scan = registered.scan if registered else scan
         found = check_scan(scan)
         speak([one for one in found if one.severity == "refuse" and not force])  # `restore` warns of the others
     model = _model(weights, device)
@@ -264,7 +267,7 @@ def restore(
         lines |= {"unit": scan.unit, "dose reduction": f"{scan.dose_reduction:g}", **restored.settings}
         lines |= {} if restored.fit is None else {"MR fit": f"{restored.fit:.2f}"}
         lines |= {"weights": _weights_line(model, weights), "seconds": f"{seconds:.1f}"}
-        written.append(_report(report, scan, restored, lines, hints + more, force))
+        written.append(_report(report, scan, restored, lines, hints + more, force, registered))
     print(f"restored {scan.lpet.shape} voxels in {seconds:.1f} s with {_weights_line(model, weights)}")
     for path in written:
         print(f"wrote {path}")
@@ -300,25 +303,24 @@ def _scan(
     frame: int | None,
     frames: str | None,
     suv: bool,
-    register: bool,
 ) -> Scan:
     """The scan of the options that name files."""
     from .files import load_scan
 
     if frames not in (None, "mean") or None not in (frame, frames):
         raise ValueError("--frames: expected 'mean', or --frame and a number, found neither or both; give one of them")
-    if register and mr is None:
-        raise ValueError("--register: expected an MR to move, found none; name it with --mr, or leave out --register")
-    at_once = None if register else mr
     chosen = frames if frame is None else frame
-    scan = load_scan(lpet, at_once, spet, dose_reduction=_known_dose(dose_reduction), frames=chosen, suv=suv)
-    if not register:
-        return scan
-    from .readers.register import register as moved
+    return load_scan(lpet, mr, spet, dose_reduction=_known_dose(dose_reduction), frames=chosen, suv=suv)
 
-    done = moved(scan, mr)  # type: ignore[arg-type]  # there is one
+
+def _registered(scan: Scan, mr: Path | None) -> Registered:
+    from .readers.register import register
+
+    if mr is None:
+        raise ValueError("--register: expected an MR to move, found none; name it with --mr, or leave out --register")
+    done = register(scan, mr)
     print(f"registered {mr}: moved by {done.distance:.1f} mm and {done.angle:.1f} degrees")
-    return done.scan
+    return done
 
 
 def _saved(
@@ -378,7 +380,13 @@ def _files_lines(files: dict[str, Path | None]) -> dict[str, str]:
 
 
 def _report(
-    path: Path, scan: Scan, restored: Restoration, lines: dict[str, Any], hints: list[str], force: bool
+    path: Path,
+    scan: Scan,
+    restored: Restoration,
+    lines: dict[str, Any],
+    hints: list[str],
+    force: bool,
+    registered: Registered | None,
 ) -> Path:
     from .evaluation import compare
     from .files import whole_file
@@ -390,7 +398,7 @@ def _report(
     lines |= {"version": f"{__version__} (revision {code_revision()})"}
     table = None if scan.spet is None else compare(scan, restored)
     with whole_file(path, force) as partial:
-        partial.write_text(report_html(scan, restored, lines, table, hints), "utf-8")
+        partial.write_text(report_html(scan, restored, lines, table, hints, registered), "utf-8")
     return path
 
 
@@ -700,7 +708,7 @@ def info(
     """Check the environment; versions, device, anatomies, shifts, the shipped weights' card, the data found. Or, with
     --lpet, check a scan."""
     if lpet is not None:
-        return _print_findings(_scan(lpet, mr, None, dose_reduction, None, None, False, False))
+        return _print_findings(_scan(lpet, mr, None, dose_reduction, None, None, False))
     problems = _missing_packages()
     if problems:  # before anything is imported that needs them
         _stop(f"environment: {'; '.join(problems)}", 2)

@@ -125,6 +125,12 @@ def counts(noise: np.ndarray | None) -> float | None:
     return float(np.exp(COUNTS @ [1.0, *near, *(near - far), smoothness]))
 
 
+def coarse_under_fine(noise: np.ndarray) -> float:
+    """How much more coarse noise `variances` tell of than counts and one filter leave; anatomy counts as such."""
+    near, middle, far = noise
+    return float(1.1 * (far[2] - near[2]) - (middle[0] - near[0]) + 0.25 * min(near[2], -3.0))
+
+
 def coarse(image: np.ndarray) -> np.ndarray:
     """Means over COARSE voxels along each axis, the ends repeated."""
     padded = np.pad(image, [(0, -n % COARSE) for n in image.shape], mode="edge")
@@ -184,7 +190,8 @@ LEARNT = (0.08, 25.0)  # the same of the low-dose images that the shipped weight
 MIXED = -0.2  # coarse noise under fine: the highest of training scans, of filters up to 8 mm and of very few counts
 SMOOTHEST = -3.05  # log variance of the finest band over the coarsest: the lowest with filters up to 8 mm
 CUT = 400.0  # mm^2 of the brain that the sides of the field of view cut
-CLEANER = 2.0  # counts of the LPET over those of the MR, as if that were a PET
+CLEANER = 5.0  # counts of the LPET over those of the MR, as if that were a PET (registered MRs of training heads: 2.5)
+ROUGHER = 0.4  # ... `coarse_under_fine` of the LPET less that of the MR (likewise: 0.35)
 SIDES = 0.045  # R^2 that a head's MR explains more of the PET than its mirror image does
 MOVED = 6.0  # mm
 COPIED = 0.9  # correlation of finest detail, above which it is one noise and not one anatomy
@@ -252,8 +259,7 @@ def _noise_level(seen: Seen) -> Finding | None:
 def _texture(seen: Seen) -> Finding | None:
     if seen.noise is None:
         return None
-    near, middle, far = seen.noise
-    mixed = 1.1 * (far[2] - near[2]) - (middle[0] - near[0]) + 0.25 * min(near[2], -3.0)
+    near, mixed = seen.noise[0], coarse_under_fine(seen.noise)
     steep = near[0] - near[2] < SMOOTHEST
     sentence = (
         f"{_called(seen, 'lpet')}: expected noise as counts and one filter leave it, found "
@@ -274,15 +280,17 @@ def _field(seen: Seen) -> Finding:
 
 
 def _exchanged(seen: Seen) -> Finding | None:
-    as_pet = None if seen.mr is None or seen.same_noise > COPIED else counts(variances(seen.mr, seen.mask))
-    if seen.counts is None or as_pet is None:
+    as_pet = None if seen.mr is None or seen.same_noise > COPIED else variances(seen.mr, seen.mask)
+    if seen.counts is None or seen.noise is None or as_pet is None:
         return None
+    cleaner = seen.counts / (counts(as_pet) or math.inf)
+    rougher = coarse_under_fine(seen.noise) - coarse_under_fine(as_pet)
     sentence = (
-        f"{_called(seen, 'lpet')}: expected the noise of a PET, found less than in {_called(seen, 'mr')}; the two look "
-        "exchanged: give the PET as LPET and the MR as MR"
+        f"{_called(seen, 'lpet')}: expected the noise of a PET, found less like it than {_called(seen, 'mr')}; the two "
+        "look exchanged: give the PET as LPET and the MR as MR"
     )
-    ratio = seen.counts / as_pet
-    return _finding("exchanged", ratio > CLEANER, ratio, CLEANER, sentence, "refuse")
+    score = max(cleaner / CLEANER, rougher / ROUGHER if cleaner > 1 / CLEANER else 0.0)
+    return _finding("exchanged", score > 1, score, 1, sentence, "refuse")
 
 
 def _mr(seen: Seen) -> Finding | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import threading
 import warnings
 import zlib
@@ -24,6 +25,7 @@ from .phantom import Lesion
 from .scan import Scan, maps_to_mm, without_nan
 from .sidecar import Frames, chosen_frames, converted, is_dicom, sidecar_of, suv_factor
 
+ADDRESS = re.compile("^(https?|s3|ftp):/+")
 ASSUMED_DOSE_REDUCTION = 20.0  # of files whose user does not say it
 
 
@@ -132,8 +134,8 @@ def read_image(path: str | Path, frames: Frames = None) -> nib.Nifti1Image:
         with converted(path) as nifti:
             return read_image(nifti, frames)
     if not Path(path).is_file():
-        found, advice = _what_is_there(Path(path))
-        raise OSError(f"{path}: expected a NIfTI file, found {found}; {advice}")
+        called, found, advice = _what_is_there(path)
+        raise OSError(f"{called}: expected a NIfTI file, found {found}; {advice}")
     try:
         with quiet_nibabel():
             image: Any = nib.load(path)
@@ -204,15 +206,15 @@ def _one_orientation(image: nib.Nifti1Image, path: object, stated: bool) -> None
         header.set_zooms(sizes)
 
 
-def _what_is_there(path: Path) -> tuple[str, str]:
-    """What stands where a file was expected, and what to do."""
-    if str(path).startswith(("http:/", "https:/", "s3:/", "ftp:/")):
-        return "an address of the network", "download it first and name the file"
+def _what_is_there(path: Path) -> tuple[str, str, str]:
+    """The name, what stands where a file was expected, and what to do."""
+    if ADDRESS.match(str(path)):
+        return ADDRESS.sub(r"\1://", str(path)), "an address of the network", "download it first and name the file"
     if path.is_symlink():
         if "annex" in str(path.readlink()):
-            return "a git-annex link whose content is not here", "fetch it, e.g. with datalad get"
-        return "a link to nothing", "check where it leads"
-    return ("a folder" if path.is_dir() else "nothing"), "check the path"
+            return str(path), "a git-annex link whose content is not here", "fetch it, e.g. with datalad get"
+        return str(path), "a link to nothing", "check where it leads"
+    return str(path), ("a folder" if path.is_dir() else "nothing"), "check the path"
 
 
 SIGNATURES = (  # (offset, bytes, what it is, what to do)

@@ -25,6 +25,8 @@ SMOOTH_MM = 7.0  # Gaussian FWHM of the low-dose image before anything is read o
 HOT = 4.0  # times the brain's upper level, smoothed: more than any uptake in training (2.9)
 BRIGHT = 3.0  # ... and more than any in a brain
 ABSURD = 40.0  # the same of a single voxel (training: 17, at the highest noise)
+CUT_OUT = 0.3  # of the bright voxels: the edge of a head is darker (air: 0.002), of a cut-out brain brighter (0.5)
+POCKETS = 0.02  # of the voxels with activity (a mask of tissues: 0.01)
 MARGIN = 6.0  # mm round what is hot that its blur reaches
 REACH = (1.0, 5.0)  # mm beyond what is known: up to here as bright as its edge, from there dark
 FIDELITY_SD = 1.5  # voxels of 2 mm; also what lies outside the box is smoothed with it
@@ -45,17 +47,14 @@ class ActivityScale:
     """The intensity scale of the model, from the LPET alone: its mean inside the brain becomes 1.
 
     Never from the SPET (not there at test time), never from a maximum (grows with the noise), never from what is no
-    brain: things `HOT` or `ABSURD`, and what was cut away (a block of zeros), are unknown to it.
+    brain: things `HOT` or `ABSURD`, and what was `cut_away`, are unknown to it.
     known: (X, Y, Z) bool, where the LPET speaks of the head; filled: the LPET with its unknown voxels filled in from
     there; smooth: that, smoothed; mask: a rough brain; value: kBq/mL (or the unit of the scan).
     """
 
     def __init__(self, lpet: np.ndarray, voxel_size: tuple[float, ...]):
         foreign = foreign_to_brain(lpet, voxel_size)
-        zeros = lpet == 0
-        block = np.ones([min(3, n) for n in lpet.shape])  # more than noise clipped at 0 leaves
-        cut_away = ndimage.binary_propagation(ndimage.binary_opening(zeros, block), mask=zeros)
-        self.known = ~(foreign | cut_away)
+        self.known = ~(foreign | cut_away(lpet))
         self.foreign = foreign
         self.filled = filled(lpet, self.known, voxel_size)
         self.smooth = _smoothed(self.filled, voxel_size)
@@ -98,6 +97,17 @@ def foreign_to_brain(lpet: np.ndarray, voxel_size: tuple[float, ...]) -> np.ndar
     return ndimage.distance_transform_edt(~hot, voxel_size) <= MARGIN if hot.any() else hot
 
 
+def cut_away(lpet: np.ndarray) -> np.ndarray:
+    """(X, Y, Z) bool: a block of zeros, more than noise clipped at 0 leaves; where it ends at a bright edge a brain was
+    cut out, and the few zeros elsewhere are pockets of the mask that did it."""
+    zeros = lpet == 0
+    block = ndimage.binary_opening(zeros, np.ones([min(3, n) for n in lpet.shape]))
+    away = ndimage.binary_propagation(block, mask=zeros)
+    edge = lpet[ndimage.binary_dilation(away) & ~away]
+    cut_out = edge.size > 0 and edge.mean() > CUT_OUT * np.percentile(lpet[lpet > 0], 90)
+    return zeros if cut_out and (zeros & ~away).sum() < POCKETS * (~zeros).sum() else away
+
+
 def filled(image: np.ndarray, known: np.ndarray, voxel_size: tuple[float, ...]) -> np.ndarray:
     """(X, Y, Z): what is not known as bright as the known activity next to it, and dark from `REACH` on."""
     if known.all():
@@ -133,6 +143,7 @@ class WorkingGrid:
     """
 
     RIM = 2  # voxels of air at each side of the box in X and Y
+    BEYOND = 12  # ... and beyond a side of the field of view that cuts the head: what lies farther changes it no more
 
     def __init__(self, scan: Scan):
         self.scan = scan
@@ -161,8 +172,10 @@ class WorkingGrid:
         spans, pads = [], []
         for axis, size in enumerate(self.shape[:2]):
             where = np.flatnonzero(head.any(axis=(1 - axis, 2)))
-            want = int(np.ceil((where[-1] - where[0] + 1 + 2 * self.RIM) / 16) * 16)
-            start = (where[0] + where[-1] + 1 - want) // 2
+            low, high = (self.BEYOND if cut else self.RIM for cut in (where[0] == 0, where[-1] == size - 1))
+            first, last = where[0] - low, where[-1] + 1 + high
+            want = int(np.ceil((last - first) / 16) * 16)
+            start = (first + last - want) // 2
             spans.append(slice(max(start, 0), min(start + want, size)))
             pads.append((max(-start, 0), max(start + want - size, 0)))
         self.box, self.pad = (*spans, slice(None)), (*pads, (0, 0))

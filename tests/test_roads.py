@@ -1,6 +1,7 @@
 """Roads in and out: DICOM, sidecars, frames, SUV, other formats, registration, the record beside an image."""
 
 import json
+import re
 import sys
 
 import nibabel as nib
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from mfdiff_lite.__main__ import app
 from mfdiff_lite.checks import Finding
 from mfdiff_lite.files import load_scan, read_image, save_volume
+from mfdiff_lite.look.page import registration
 from mfdiff_lite.readers.register import register, rigid_motion
 from mfdiff_lite.record import sha256, write_record
 from mfdiff_lite.scan import Scan
@@ -227,6 +229,40 @@ def test_a_moved_mr_is_brought_back():
     points = centre + 40 * np.concatenate([np.eye(3), -np.eye(3)])
     there = nib.affines.apply_affine(back @ motion, points)
     assert np.linalg.norm(there - points, axis=1).mean() < 2.0  # half a voxel of this coarse grid
+
+
+def test_the_report_shows_where_the_mr_lies(tmp_path):
+    """A picture of before and after; without `--register` there is none."""
+    scan, mr, _ = two_modalities(12.0, (9.0, -6.0, 4.0))
+    data = np.where(mr.get_fdata() > 0, mr.get_fdata(), np.nan)  # as some tools write air
+    for name, image in {"l": nib.Nifti1Image(scan.lpet, scan.affine), "m": nib.Nifti1Image(data, mr.affine)}.items():
+        nib.save(image, tmp_path / f"{name}.nii")
+    files = ["--lpet", tmp_path / "l.nii", "--mr", tmp_path / "m.nii", "--dose-reduction", 20, "--quality", "fast"]
+    pages = []
+    for number, more in enumerate([["--register"], []]):
+        page = tmp_path / f"{number}.html"
+        arguments = ["restore", *files, *more, "--out", tmp_path / f"{number}.nii", "--report", page]
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == 0, result.stderr
+        pages.append(page.read_text("utf-8"))
+    moved = re.search(r"moved by (\d+\.\d) mm and (\d+\.\d) degrees", result.stdout + pages[0])
+    assert float(moved[1]) == pytest.approx(np.linalg.norm([9, -6, 4]), abs=3) and 9 < float(moved[2]) < 15
+    assert 'alt="Contours of the MR over the low-dose PET' in pages[0] and "Where the MR lies" in pages[0]
+    assert "Where the MR lies" not in pages[1]
+
+
+def test_contours_lie_where_the_mr_does():
+    """Of a moved MR they cross the head, of the right one they follow it; a plane of one slice is left out."""
+    scan, mr, _ = two_modalities()
+    right = np.asarray(mr.dataobj)
+    fig = registration(scan.lpet, np.roll(right, 4, 0), right, scan.affine)
+    titles = [f"MR {when}: {plane}" for when in ("before", "after") for plane in ("axial", "coronal", "sagittal")]
+    assert [ax.get_title() for ax in fig.axes] == titles
+    edges = [ax.collections[0].get_paths()[0].vertices for ax in fig.axes[::3]]
+    before, after = (edge[:, 0].max() for edge in edges)
+    assert before - after == pytest.approx(-4, abs=1)  # voxels; the patient's right is on the left
+    flat = registration(scan.lpet[..., 12:13], right[..., 12:13], right[..., 12:13], scan.affine)
+    assert [ax.get_title() for ax in flat.axes] == ["MR before: axial", "MR after: axial"]
 
 
 def test_registration_refuses_what_no_head_does(monkeypatch):

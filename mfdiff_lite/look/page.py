@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 from base64 import b64encode
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -14,12 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 
-from .panes import CROSS, Case, Pane, State, crosshair, panes
+from .panes import CROSS, PLANES, Case, Pane, State, crosshair, panes
 
 if TYPE_CHECKING:
     from ..scan import Scan
 
 COLUMNS = 5  # panes beside each other, at most
+CONTOURS = (0.2, 0.6)  # of the MR's window: outline, and about the limit of grey and white
 
 
 def figure(scan: Scan, restored: Any = None, n_slices: int = 3) -> Figure:
@@ -69,6 +71,26 @@ def _draw(ax: Any, pane: Pane, marks: tuple[str, str, str, str], lines: np.ndarr
     return drawn
 
 
+def registration(pet: np.ndarray, before: np.ndarray, after: np.ndarray, affine: np.ndarray) -> Figure:
+    """The contours of an MR over the PET, before and after it was moved: through the middle of the head, every plane
+    that has more than one slice. All (X, Y, Z) on one grid."""
+    from scipy import ndimage
+
+    images = {"PET": ndimage.gaussian_filter(pet, [n > 1 for n in pet.shape]), "MR before": before, "MR after": after}
+    case = Case.of_volumes(images, "", "", affine)
+    planes = [plane for plane, axis in PLANES.items() if min(np.delete(case.shape, axis)) > 1]
+    fig = Figure((3 * len(planes) + 0.5, 7), facecolor="white", layout="constrained")
+    for row, name in zip(fig.subplots(2, len(planes), squeeze=False), ("MR before", "MR after"), strict=True):
+        for ax, plane in zip(row, planes, strict=True):
+            state = replace(case.start, plane=plane, index=case.shape[PLANES[plane]] // 2)
+            shown = case.panes(state)
+            _draw(ax, shown["PET"], case.marks(state), None)
+            mr = ndimage.gaussian_filter(shown[name].scaled(), 1)
+            ax.contour(mr, CONTOURS, colors=[np.divide(CROSS, 255)], linewidths=1)
+            ax.set_title(f"{name}: {plane}", fontsize=11)
+    return fig
+
+
 def panel(
     ax: Any, image: np.ndarray, title: str, meaning: str | None = None, window: tuple[float, float] | None = None,
     cmap: str = "gray_r", voxel: float = 2.0,
@@ -100,11 +122,11 @@ def show(fig: Figure, alt: str) -> None:
 
     Of a figure that a cell leaves open, Jupyter makes a picture without any text.
     """
-    display({"text/html": _still(fig, alt), "text/plain": alt}, raw=True)
+    display({"text/html": still(fig, alt), "text/plain": alt}, raw=True)
     plt.close(fig)
 
 
-def _still(fig: Figure, alt: str) -> str:
+def still(fig: Figure, alt: str) -> str:
     out = io.BytesIO()
     if engine := fig.get_layout_engine():
         engine.execute(fig)  # the layout settles: laid out once, a title can lie on those of the panels

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .page import document
+from .page import document, registration, still
 from .viewer import explore
 
 if TYPE_CHECKING:
@@ -36,13 +36,25 @@ def checksum(path: str | Path) -> str:
 
 
 def report_html(
-    scan: Scan, restored: Any, lines: Mapping[str, Any], table: Any = None, hints: Iterable[str] = ()
+    scan: Scan,
+    restored: Any,
+    lines: Mapping[str, Any],
+    table: Any = None,
+    hints: Iterable[str] = (),
+    registered: Any = None,
 ) -> str:
     """A page that stands alone and needs no network. lines: what -> value, shown as a table with a line of explanation
-    where `WORDS` has one. table: of `compare`. hints: what the checks of the input noticed."""
+    where `WORDS` has one. table: of `compare`. hints: what the checks of the input noticed. registered: what `register`
+    gave for its MR."""
     parts = [WARNING, explore(scan, restored).html()]
     if table is not None:
         parts.append(f'<h2>Against the standard-dose PET</h2><div style="overflow-x:auto">{table._repr_html_()}</div>')
+    if registered is not None:
+        said = f"It was moved by {registered.distance:.1f} mm and {registered.angle:.1f} degrees."
+        alt = f"Contours of the MR over the low-dose PET, above before and below after it was moved. {said}"
+        fig = registration(scan.lpet, registered.before, scan.mr, scan.affine)
+        parts += [f"<h2>Where the MR lies</h2><p>{said} Its contours follow those of the PET if that is right.</p>"]
+        parts += [still(fig, alt)]
     noticed = "".join(f"<li>{html.escape(hint)}</li>" for hint in hints)
     parts.append(f"<h2>What the checks of the input noticed</h2><ul>{noticed or '<li>nothing</li>'}</ul>")
     cells = ((html.escape(str(what)), html.escape(str(value)), WORDS.get(what)) for what, value in lines.items())

@@ -16,13 +16,14 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.processing import resample_from_to
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from ..checks import COARSE, Seen, classes, explained
 from ..config import FWHM_TO_SD
 from ..files import on_grid_of, read_image
-from ..scan import Scan
+from ..scan import Scan, without_nan
 
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world
 SMOOTH = 6.0  # mm FWHM of the low-dose image before it is compared
@@ -31,10 +32,12 @@ FARTHEST, WIDEST = 80.0, 45.0  # mm and degrees: beyond them a header is wrong, 
 
 @dataclass(frozen=True, eq=False)
 class Registered:
-    """scan: with the MR moved to the PET's grid. motion: (4, 4), what was applied to the MR's affine from the left, mm;
-    distance [mm] of the head's centre and angle [degrees] of it."""
+    """scan: with the MR moved to the PET's grid. before: (X, Y, Z), the MR on that grid as its header has it. motion:
+    (4, 4), what was applied to the MR's affine from the left, mm; distance [mm] of the head's centre and angle
+    [degrees] of it."""
 
     scan: Scan
+    before: np.ndarray
     motion: np.ndarray
     distance: float
     angle: float
@@ -46,8 +49,9 @@ def register(scan: Scan, mr: str | Path | nib.Nifti1Image) -> Registered:
     Raises ImportError without the extra `register`, ValueError for a motion that no head makes or an MR that covers
     less than half of the head after it; whether the two then look like one head, `check_scan` says.
     """
-    image = mr if isinstance(mr, nib.Nifti1Image) else read_image(mr)
+    read = mr if isinstance(mr, nib.Nifti1Image) else read_image(mr)
     called = "MR" if isinstance(mr, nib.Nifti1Image) else str(mr)
+    image = nib.Nifti1Image(without_nan(np.asarray(read.dataobj, np.float32), called), read.affine)
     motion, centre = rigid_motion(scan, image)
     moved = nib.affines.apply_affine(motion, centre)
     distance = float(np.linalg.norm(moved - centre))
@@ -58,10 +62,11 @@ def register(scan: Scan, mr: str | Path | nib.Nifti1Image) -> Registered:
             f"mm and {angle:.0f} degrees; check that it is the same head, and both headers"
         )
     pet = nib.Nifti1Image(scan.lpet, scan.affine)
-    there = nib.Nifti1Image(np.asarray(image.dataobj, np.float32), motion @ image.affine)
+    there = nib.Nifti1Image(image.dataobj, motion @ image.affine)
     on_grid = on_grid_of(pet, there, scan.sources.get("lpet", "LPET"), called)
     sources = scan.sources | {"mr": called}
-    return Registered(replace(scan, mr=on_grid, sources=sources), motion, distance, angle)
+    before = np.asarray(resample_from_to(image, pet, order=1).dataobj)
+    return Registered(replace(scan, mr=on_grid, sources=sources), before, motion, distance, angle)
 
 
 def rigid_motion(scan: Scan, mr: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
