@@ -408,7 +408,7 @@ def test_the_library_does_not_grow_unnoticed():
     """All lines; and lines of code without looking, command line and foreign formats. Raising a bound is a decision."""
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES)
     core = [p for p in MODULES if p.parent == LIBRARY and p.stem != "__main__"]
-    assert lines <= 7900 and sum(map(code_lines, core)) <= 3820
+    assert lines <= 7900 and sum(map(code_lines, core)) <= 3870
 
 
 def code_lines(path: Path) -> int:

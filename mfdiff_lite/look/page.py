@@ -127,6 +127,7 @@ def show(fig: Figure, alt: str) -> None:
 
 
 def still(fig: Figure, alt: str) -> str:
+    """A figure as an <img> of its own, with its alternative text."""
     out = io.BytesIO()
     if engine := fig.get_layout_engine():
         engine.execute(fig)  # the layout settles: laid out once, a title can lie on those of the panels
