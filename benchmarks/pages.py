@@ -442,7 +442,7 @@ def read_detection(found: dict[str, Number]) -> str:
     for rival, words in DETECTED.items():
         gain = found[f"detected over {rival}"]
         where = "within the interval of" if gain.low <= 0 <= gain.high else "above" if gain.low > 0 else "**below**"
-        text += f"Its AUC lies {where} {words} ({gain.text('')}). "
+        text += f"Its AUC lies {where} {words} ({gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]). "
     if ours <= filtered:
         return text + "So for finding such lesions it is no better than a Gaussian, whatever the PSNR says.\n"
     return text + "So for finding such lesions, too, it is better than a Gaussian.\n"
