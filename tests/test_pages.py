@@ -145,7 +145,9 @@ def test_sentences_under_the_tables_follow_the_numbers(pages, found, reading, ke
 def test_who_detects_better_follows_the_doses(pages, found):
     for ours, gaussian, words in ((3.0, 2.0, "too, it is better"), (2.0, 3.0, "no better than a Gaussian")):
         doses = {"equivalent dose, restored": ours, "equivalent dose, Gaussian": gaussian}
-        assert words in pages.read_detection(found | {k: pages.Number(v, v, v) for k, v in doses.items()})
+        changed = found | {k: pages.Number(v, v, v) for k, v in doses.items()}
+        assert words in pages.read_detection(changed)
+        assert ("no better than with a Gaussian" in pages.limits(changed)) == (ours < gaussian)
 
 
 def test_a_difference_in_words():
