@@ -25,6 +25,7 @@ import evidence
 import numpy as np
 import real
 
+import bench
 import results
 from mfdiff_lite.evaluation import beside
 from mfdiff_lite.metrics import mean_ci
@@ -452,6 +453,28 @@ def read_detection(found: dict[str, Number]) -> str:
     return text + "So for finding such lesions, too, it is better than a Gaussian.\n"
 
 
+def read_bench(found: dict[str, Number]) -> str:
+    """Each ratio to the fastest peer beside its goal."""
+    rows = {row["id"].removeprefix("speed."): row for row in stored("targets") if row["id"].startswith("speed.")}
+
+    def said(name: str) -> str:
+        row = rows[name]
+        return f"{row['value']:.1f} times (goal: {row['must']:g}{'' if row['met'] else ', **missed**'})"
+
+    text = (
+        f"One sample comes {said('restore')} as fast as from the fastest peer, without samples {said('fast')}; a step "
+    )
+    text += f"of training {said('training')}; a reconstruction {said('osem')} as fast as with the ASTRA toolbox's "
+    text += f"projector. The fastest peer in restoring is {fastest_peer()}. "
+    return text + "PSNR after equal time of training is not measured yet (`make bench ARGS='--train 30'`).\n"
+
+
+def fastest_peer() -> str:
+    rates = stored("bench")["restoring"]["slices_a_second"]
+    peers = {name: rate for name, rate in rates.items() if name.startswith(tuple(bench.PEERS))}
+    return max(peers, key=peers.__getitem__).rpartition(", ")[0]
+
+
 def checks_block() -> str:
     """How often the checks of a scan are right, and how far the registration is off: the rows of the targets."""
     rows = [
@@ -476,6 +499,8 @@ BLOCKS: dict[str, Callable[[dict[str, Number]], str]] = {
     "read_any_noise": read_any_noise,
     "detection": lambda found: detection.table_block(stored("detection")),
     "read_detection": read_detection,
+    "bench": lambda found: bench.block(stored("bench")),
+    "read_bench": read_bench,
     "limits": limits,
     "checks": lambda found: checks_block(),
     "real": lambda found: real.table_block(stored("real")),

@@ -144,7 +144,7 @@ def benchmarks():
         patch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
         patch.setitem(sys.modules, "results", script("results"))
         names = ("evidence", "ablations", "adaptation", "course", "viewer", "real", "second_head", "second_simulator")
-        names = (*names, "checks", "web", "any_noise", "detection")
+        names = (*names, "checks", "web", "any_noise", "detection", "bench")
         yield {"results": sys.modules["results"]} | {name: script(name) for name in names}
 
 
@@ -162,6 +162,7 @@ def test_every_goal_has_its_row(benchmarks):
                 "web": benchmarks["web"].GOALS,
                 "noise": benchmarks["any_noise"].GOALS,
                 "detect": benchmarks["detection"].GOALS,
+                "speed": benchmarks["bench"].GOALS,
                 "real": benchmarks["real"].GOALS | benchmarks["checks"].GOALS,
                 "course": {
                     **benchmarks["course"].GOALS,

@@ -18,7 +18,7 @@ def pages():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         yield importlib.import_module("pages")
-    for name in ("pages", "results", "evidence", "ablations", "adaptation", "any_noise", "detection"):
+    for name in ("pages", "results", "evidence", "ablations", "adaptation", "any_noise", "detection", "bench", "osem"):
         sys.modules.pop(name, None)  # other tests load these under the same names
 
 
@@ -148,6 +148,15 @@ def test_who_detects_better_follows_the_doses(pages, found):
         changed = found | {k: pages.Number(v, v, v) for k, v in doses.items()}
         assert words in pages.read_detection(changed)
         assert ("no better than with a Gaussian" in pages.limits(changed)) == (ours < gaussian)
+
+
+def test_a_missed_goal_of_speed_says_so(pages, monkeypatch):
+    goals = {"restore": 9, "fast": 30, "training": 2.2, "osem": 2}
+    for value, met in ((1.6, False), (40.0, True)):
+        rows = [{"id": f"speed.{name}", "value": value, "must": must, "met": met} for name, must in goals.items()]
+        monkeypatch.setattr(pages, "stored", lambda name, rows=rows: rows)
+        monkeypatch.setattr(pages, "fastest_peer", lambda: "another U-Net")
+        assert f"{value:.1f} times" in pages.read_bench({}) and ("**missed**" in pages.read_bench({})) != met
 
 
 def test_a_difference_in_words():
