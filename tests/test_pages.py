@@ -151,12 +151,15 @@ def test_who_detects_better_follows_the_doses(pages, found):
 
 
 def test_a_missed_goal_of_speed_says_so(pages, monkeypatch):
-    goals = {"restore": 9, "fast": 30, "training": 2.2, "osem": 2}
+    goals, deeper = {"restore": 9, "fast": 30, "training": 2.2, "osem": 2}, "diffusers UNet2DModel, deeper, float32"
+    rates = {"ours, float32": 8.0, "diffusers UNet2DModel, float32": 2.0, deeper: 5.0}
     for value, met in ((1.6, False), (40.0, True)):
         rows = [{"id": f"speed.{name}", "value": value, "must": must, "met": met} for name, must in goals.items()]
-        monkeypatch.setattr(pages, "stored", lambda name, rows=rows: rows)
-        monkeypatch.setattr(pages, "fastest_peer", lambda: "another U-Net")
-        assert f"{value:.1f} times" in pages.read_bench({}) and ("**missed**" in pages.read_bench({})) != met
+        files = {"targets": rows, "bench": {"restoring": {"slices_a_second": rates}}}
+        monkeypatch.setattr(pages, "stored", files.__getitem__)
+        text = pages.read_bench({})
+        assert f"restoring is {deeper};" in text and "widths it is 4.0 times. " in text
+        assert f"{value:.1f} times" in text and ("**missed**" in text) != met
 
 
 def test_a_difference_in_words():
