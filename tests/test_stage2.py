@@ -359,7 +359,7 @@ def test_weights_that_a_wrong_estimate_of_the_noise_taught_are_not_kept(monkeypa
     right = NoiseModel.draw
     monkeypatch.setattr(NoiseModel, "draw", lambda self, rng: factor * right(self, rng))
     parent = load_pretrained("cpu")
-    settings = Adaptation(steps=5, validate_every=5, batch=4, learning_rate=4e-3, ema=0.3, rehearsal=0.0)
+    settings = Adaptation(steps=4, validate_every=4, batch=2, learning_rate=4e-3, ema=0.3, rehearsal=0.0)
     *_, last = train_stage2(parent, alone, "sure", settings=settings, device="cpu")
     assert last.best == 0 and last.model.fingerprint == parent.fingerprint
     assert last.curve[-1]["loss"] < last.curve[0]["loss"] - 0.02
