@@ -49,7 +49,7 @@ def report_html(
     parts = [WARNING, explore(scan, restored).html()]
     if table is not None:
         parts.append(f'<h2>Against the standard-dose PET</h2><div style="overflow-x:auto">{table._repr_html_()}</div>')
-    if registered is not None:
+    if registered is not None and scan.mr is not None:
         said = f"It was moved by {registered.distance:.1f} mm and {registered.angle:.1f} degrees."
         alt = f"Contours of the MR over the low-dose PET, above before and below after it was moved. {said}"
         fig = registration(scan.lpet, registered.before, scan.mr, scan.affine)
