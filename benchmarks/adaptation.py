@@ -23,6 +23,7 @@ results/targets.json.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import itertools
 import json
@@ -408,6 +409,7 @@ def publish(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anat
 
 # what --only can name, in the order in which all of them run
 PARTS = {"alone": alone, "guard": guard, "store": store, "cohort": cohort, "report": publish}
+Part = enum.Enum("Part", {name: name for name in PARTS}, type=str)
 
 
 def main(
@@ -418,10 +420,12 @@ def main(
     steps: Annotated[int, typer.Option(help="of stage 2, at most")] = Adaptation.steps,
     anatomy: Annotated[str, typer.Option(help="another one than the test anatomy writes nothing")] = TEST_ANATOMIES[0],
     learning_rate: Annotated[float, typer.Option(help="of stage 2")] = Adaptation.learning_rate,
-    only: Annotated[str | None, typer.Option(help="one part: " + ", ".join(PARTS))] = None,
+    only: Annotated[Part | None, typer.Option(help="one part")] = None,
 ) -> None:
     """Adapt to each shift and compare with stage 1 and the oracle."""
     elsewhere = anatomy != TEST_ANATOMIES[0]
+    if elsewhere and only:
+        raise typer.BadParameter(f"--only writes results, which are of {TEST_ANATOMIES[0]}: leave out --anatomy")
     parent, settings = load_pretrained("cpu"), Adaptation(steps=steps, learning_rate=learning_rate)
     path = RESULTS / "adaptation.json"
     setting = {"dose_reduction": DOSE, "slices": slices, "samples": K, "steps": steps, "others": OTHERS}
@@ -430,7 +434,7 @@ def main(
     if found.get("setting") != setting:  # measured in another way, or with other weights
         found = {"setting": setting, "shifts": {}}
     if only:
-        return PARTS[only](parent, settings, found, slices, anatomy)
+        return PARTS[only.value](parent, settings, found, slices, anatomy)
     for shift in tqdm(shifts or missing(found, "shifts", (*SHIFTS, *PAIRS)), desc="shifts", unit="shift"):
         one = measure(parent, shift, settings, slices, anatomy)
         line = {name: float(round(row["psnr"], 2)) for name, row in one["target"].items()}

@@ -4,10 +4,10 @@
     python benchmarks/bench.py --train 30          PSNR after 30 minutes of CPU time of training, for each network
 
 Everything that is compared is measured in turn (A B C A B C ...) in this process on one thread, with the time that the
-processor spent on it, so that ratios hold on a busy machine too. Peers: the U-Nets of MONAI and diffusers at our widths
-and number of parameters, which get LPET and MR as channels, in the faster one of single precision and bfloat16; the
-projector of the ASTRA toolbox on the CPU. Writes results/bench.json, results/bench.png and the rows of group "speed" in
-results/targets.json.
+processor spent on it; on a busy machine ratios still move by a quarter. Peers: the U-Nets of MONAI and diffusers at our
+widths and number of parameters, and a deeper one, which get LPET and MR as channels, in the faster one of single
+precision and bfloat16; the projector of the ASTRA toolbox on the CPU. Writes results/bench.json, results/bench.png and
+the rows of group "speed" in results/targets.json.
 """
 
 from __future__ import annotations

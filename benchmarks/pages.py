@@ -470,6 +470,8 @@ def read_bench(found: dict[str, Number]) -> str:
     best = max(rate for one, rate in rates.items() if one.startswith("ours, "))
     text += f"projector. The fastest peer in restoring is {name}; over the fastest with our own widths it is "
     text += f"{best / rates[slower]:.1f} times. "
+    if "equal_time" in rows:
+        return text + f"PSNR after equal time of training: {rows['equal_time']['value']:+.2f} dB over the best peer.\n"
     return text + "PSNR after equal time of training is not measured yet (`make bench ARGS='--train 30'`).\n"
 
 

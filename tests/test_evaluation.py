@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio
 
 from mfdiff_lite import metrics
 from mfdiff_lite.config import load_profile
 from mfdiff_lite.evaluation import Table, another_mr, audit_mr, compare, evaluate, summarise
 from mfdiff_lite.model import MFdiff
+from mfdiff_lite.noise import NoiseModel
 from mfdiff_lite.phantom import Lesion, virtual_patient
 from mfdiff_lite.readers.brainweb import load_anatomy
 from mfdiff_lite.scan import Scan
@@ -178,6 +180,25 @@ def test_every_goal_has_its_row(benchmarks):
     for name, (_, unit, sense, must, aim) in goals.items():
         row = rows[name]
         assert (row["unit"], row["sense"], row["must"], row["aim"]) == (unit, sense, must, aim), name
+
+
+def test_wrong_estimates_of_the_noise_are_wrong_as_they_say(benchmarks):
+    """The guard is tried on these: strength, covariance in plane, and terms that neighbouring slices share."""
+    rng = np.random.default_rng(0)
+    image = 10 + ndimage.gaussian_filter(rng.standard_normal((48, 48, 16)), (1, 1, 0))
+    noise = NoiseModel(image, np.ones(image.shape, bool))
+    noise.image = image
+    draws = benchmarks["adaptation"].wrong_draws()
+    drawn = {kind: draw(noise, np.random.default_rng(1)) for kind, draw in draws.items()}
+    right = noise.draw(np.random.default_rng(1))
+    assert drawn["half as strong"].std() == pytest.approx(right.std() / 2)
+    assert drawn["twice as strong"].std() == pytest.approx(right.std() * 2)
+
+    def alike(one, axis):
+        return (one * np.roll(one, 1, axis)).mean() / (one**2).mean()
+
+    assert alike(right, 0) > 0.5 and abs(alike(drawn["white"], 0)) < 0.05
+    assert abs(alike(right, 2)) < 0.15 and alike(drawn["terms shared by neighbours"], 2) < -0.4
 
 
 def test_targets_are_judged_by_their_own_numbers():

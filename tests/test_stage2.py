@@ -1,6 +1,7 @@
 """Stage 2: objectives that know no SPET choose what the SPET would choose; what is trained, kept, refused, resumed."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
+from mfdiff_lite.__main__ import _verdict
 from mfdiff_lite.config import Adaptation, load_profile
 from mfdiff_lite.metrics import psnr
 from mfdiff_lite.model import MFdiff, load_model, load_pretrained, residual_sd
@@ -364,3 +366,21 @@ def test_weights_that_a_wrong_estimate_of_the_noise_taught_are_not_kept(monkeypa
     assert last.best == 0 and last.model.fingerprint == parent.fingerprint
     assert last.curve[-1]["loss"] < last.curve[0]["loss"] - 0.02
     assert last.model.card["refused"] is None and words in refusal(last.model.card)
+
+
+@pytest.mark.parametrize(
+    "grain, steps, words",
+    [
+        (0.5, 0, "refused: what it learned follows the noise: 50% .* the parent 20%; the parent's weights are kept"),
+        (-0.1, 0, "refused: what it learned smooths structure away"),
+        (0.5, 20, "adapted by 'sure': the held-out loss fell by 0.1000 .step 20."),
+    ],
+)
+def test_the_command_line_says_why_the_parent_was_kept(grain, steps, words):
+    """Of unsound weights at step 40; with sound ones before them these are kept, and their own fall is told."""
+    curve = [{"step": 0, "loss": 1.0, "grain": 0.2, "sound": True}]
+    curve += [{"step": 20, "loss": 0.9, "grain": 0.2, "sound": True}] if steps else []
+    curve += [{"step": 40, "loss": 0.3, "grain": grain, "sound": False}]
+    card = {"refused": None, "steps": steps, "held_out_loss": curve, "adaptation": {"objective": "sure"}}
+    state = SimpleNamespace(model=SimpleNamespace(card=card), best=steps, curve=curve)
+    assert re.match(words, _verdict(state))
