@@ -475,6 +475,16 @@ def read_bench(found: dict[str, Number]) -> str:
     return text + "PSNR after equal time of training is not measured yet (`make bench ARGS='--train 30'`).\n"
 
 
+def read_fast(found: dict[str, Number]) -> str:
+    """What the qualities give up, in PSNR."""
+    held, mean = stored("bench")["volume"], found["mean over coarse"].value
+    psnr, seconds = held["psnr_db"], held["cpu_seconds"]
+    text = f"The mean of the samples lies {beside(mean)} the coarse estimate of all views (mean over patients, on the "
+    text += f"page [results](results.md)). `fast` sees one view: on {held['slices']} slices of one head it lay "
+    text += f"{beside(psnr['fast'] - psnr['now'])} `standard`, in {seconds['fast'] / seconds['now']:.0%} of the time. "
+    return text + f"bfloat16 moved the PSNR of `standard` by {abs(psnr['now'] - psnr['float32']):.3f} dB.\n"
+
+
 def fastest_peer(plain: bool = False) -> str:
     """Name and precision of the peer that restores fastest. plain: of those with our own widths."""
     rates = stored("bench")["restoring"]["slices_a_second"]
@@ -508,6 +518,7 @@ BLOCKS: dict[str, Callable[[dict[str, Number]], str]] = {
     "read_detection": read_detection,
     "bench": lambda found: bench.block(stored("bench")),
     "read_bench": read_bench,
+    "read_fast": read_fast,
     "limits": limits,
     "checks": lambda found: checks_block(),
     "real": lambda found: real.table_block(stored("real")),

@@ -134,6 +134,7 @@ def test_what_the_diffusion_is_worth_follows_the_numbers(pages, found, change, s
         ("read_continued", "false contrast, continued", "adds 1.000", "takes 1.000"),
         ("read_adaptation", "sure at home", "1.00 dB above stage 1", "1.00 dB below stage 1"),
         ("read_evidence", "kept small", "not the price", "are the price"),
+        ("read_fast", "mean over coarse", "lies 1.00 dB above the coarse", "lies 1.00 dB below the coarse"),
         ("read_detection", "detected over kernel EM", "above that of kernel EM", "**below** that of kernel EM"),
     ],
 )
