@@ -63,8 +63,9 @@ class Objective(Protocol):
 class Plan:
     """What a stage decides about its run. trained: the weights it moves; check_every, save_every: steps; patience:
     checks without a lower "loss" before it stops, and the weights of the lowest are kept, unless their check says that
-    they are not "sound"; None: runs to the end and keeps the last. made_with: what decides the result, as JSON can hold
-    it; card: of the final weights, without what the loop knows itself."""
+    they are not "sound"; None: runs to the end and keeps the last. way: share of the way from the first weights to
+    these that is gone. made_with: what decides the result, as JSON can hold it; card: of the final weights, without
+    what the loop knows itself."""
 
     trained: list[nn.Parameter]
     steps: int
@@ -78,6 +79,7 @@ class Plan:
     card: dict[str, Any]
     weight_decay: float = 0.0
     patience: int | None = None
+    way: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class _Run(_Progress):
         self.student = student.to(accelerator.device)
         self.average = copy.deepcopy(self.student).requires_grad_(False)
         self.kept = self.average if plan.patience is None else copy.deepcopy(self.average)
+        self.first = copy.deepcopy(self.average) if plan.way < 1 else self.average
         optimizer = torch.optim.AdamW(plan.trained, lr=plan.learning_rate(0), weight_decay=plan.weight_decay)
         self.wrapped, self.optimizer = accelerator.prepare(self.student, optimizer)
         self.losses: dict[str, Tensor] = {}
@@ -204,7 +207,8 @@ class _Run(_Progress):
             self.average.eval()
             self.curve.append({"step": self.step, **self.objective.check(self.average)})
             if self.plan.patience is not None and self.best == self.step:
-                self.kept.load_state_dict(self.average.state_dict())
+                self.kept.load_state_dict(self.first.state_dict())
+                update_average(self.kept, self.average, 1 - self.plan.way)
 
     @property
     def best(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy import ndimage
 
 import mfdiff_lite as mf
@@ -216,7 +217,7 @@ def test_save_and_load_keep_every_weight_and_the_card(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "pickle", "other tensors"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "pickle", "other tensors", "a vast model", "many levels"])
 def test_damaged_or_foreign_weights_are_refused(model, tmp_path, damage):
     path = save_model(model, tmp_path / "w.safetensors", {})
     if damage == "truncated":
@@ -225,10 +226,12 @@ def test_damaged_or_foreign_weights_are_refused(model, tmp_path, damage):
         path.write_text("not weights")
     elif damage == "pickle":
         torch.save(model.state_dict(), path)
-    else:
-        from safetensors.torch import save_file
-
+    elif damage == "other tensors":
         save_file({"a": torch.zeros(2)}, path)
+    else:  # by a card, which would fill the memory if it were believed
+        widths = [800_000, 800_000] if damage == "a vast model" else 100_000 * [8]
+        card = {"model": model.settings | {"denoiser_widths": widths}}
+        save_file(model.state_dict(), path, metadata={"card": json.dumps(card)})
     with pytest.raises(ValueError, match="expected weights saved by this package"):
         load_model(path)
 

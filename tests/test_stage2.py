@@ -1,6 +1,8 @@
 """Stage 2: objectives that know no SPET choose what the SPET would choose; what is trained, kept, refused, resumed."""
 
+import copy
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from mfdiff_lite.scan import Scan
 from mfdiff_lite.scanner import Scanner
 from mfdiff_lite.stage2 import (
     MIX,
+    WAY,
     WEIGHTS,
     TargetSlices,
     adapt,
@@ -252,6 +255,20 @@ def test_sure_without_halves_learns_from_measured_noise_and_says_what_it_measure
     card = last.model.card
     assert card["adaptation"]["objective"] == "sure" and card["refused"] is None
     assert abs(card["noise"][0]["axial_correlation"][0]) < 0.15
+
+
+def test_where_the_noise_was_measured_half_of_the_way_is_gone_also_by_a_run_that_was_cut(tiny, alone, tmp_path):
+    run, averages = train_stage2(tiny, alone, settings=FEW, out=tmp_path, device="cpu", workers=1), {0: tiny}
+    for state in itertools.islice(run, 3):
+        averages[state.step] = copy.deepcopy(state.average)
+    run.close()
+    for state in train_stage2(tiny, alone, settings=FEW, out=tmp_path, resume=True, device="cpu", workers=1):
+        averages[state.step] = copy.deepcopy(state.average)
+    full = averages[state.best].state_dict()
+    assert state.best > 2 and state.model.card["way"] == WAY < 1
+    for name, value in state.model.state_dict().items():
+        first = tiny.state_dict()[name]
+        torch.testing.assert_close(value, first + WAY * (full[name] - first))
 
 
 def test_a_batch_of_measured_noise_is_drawn_anew_and_always_the_same(alone):
