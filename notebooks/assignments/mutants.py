@@ -364,23 +364,30 @@ MUTANTS = [
         {6},
         {"return min(widths, key=lambda fwhm: split_loss(lambda image: blur(image, fwhm), a, b, brain))": "return 8.0"},
     ),
+    _wrong(SHIFT, "SURE without its price", {7, 8}, {" + 2 / e * n * change)[brain]": ")[brain]"}),
+    _wrong(SHIFT, "half the price", {7}, {"+ 2 / e * n": "+ 1 / e * n"}),
+    _wrong(SHIFT, "the step is forgotten", {7, 8}, {"+ 2 / e * n": "+ 2 * n"}),
+    _wrong(
+        SHIFT, "the price of the image, not of its change", {7}, {"restore(y + e * n) - restore(y)": "restore(e * n)"}
+    ),
+    _wrong(SHIFT, "SURE ignores the brain", {7}, {"n * change)[brain]": "n * change)"}),
     _wrong(
         SHIFT,
         "audits lesion 2 whatever is asked",
-        {7},
+        {9},
         {"lesions, label, brain) for one": "lesions, 2, brain) for one"},
     ),
     _wrong(
         SHIFT,
         "audits another PET than the one given",
-        {7},
+        {9},
         {"restore(lpet, one), lesions": "restore(activity, one), lesions"},
     ),
     _wrong(
-        SHIFT, "the audit loses its sign", {7}, {"return with_lesion - without": "return abs(with_lesion - without)"}
+        SHIFT, "the audit loses its sign", {9}, {"return with_lesion - without": "return abs(with_lesion - without)"}
     ),
-    _wrong(SHIFT, "a dark ghost passes", {8}, {"if abs(leak) <=": "if leak <="}),
-    _wrong(SHIFT, "the limit is ignored", {8}, {"if abs(leak) <= leak_limit": "if True"}),
+    _wrong(SHIFT, "a dark ghost passes", {10}, {"if abs(leak) <=": "if leak <="}),
+    _wrong(SHIFT, "the limit is ignored", {10}, {"if abs(leak) <= leak_limit": "if True"}),
     _wrong(
         TABLE,
         "peak of the tested image",
@@ -583,6 +590,14 @@ UNUSUAL = [
         "one half against the other, and back, for the width",
         {
             "split_loss(lambda image: blur(image, fwhm), a, b, brain))": "((blur(a, fwhm) - b)[brain] ** 2).sum() + ((blur(b, fwhm) - a)[brain] ** 2).sum())"
+        },
+    ),
+    Variant(
+        SHIFT,
+        "the two terms of SURE apart, the change from both sides",
+        {
+            "restore(y + e * n) - restore(y)": "(restore(y + e * n) - restore(y - e * n)) / 2",
+            "float(np.mean(((restore(y) - y) ** 2 + 2 / e * n * change)[brain]))": "((restore(y) - y)[brain] ** 2).mean() + 2 * (n * change)[brain].mean() / e",
         },
     ),
     Variant(
