@@ -104,7 +104,7 @@ adaptation: $(STAMP_DEV)  ## adapt to shifted scanners without a standard-dose i
 	$(PY) benchmarks/adaptation.py $(ARGS)
 	$(PY) benchmarks/pages.py
 
-noise: $(STAMP_DEV)  ## filters, low counts, correlated noise, single slices against the best Gaussian (10 minutes)
+noise: $(STAMP_DEV)  ## filters, low counts, correlated noise, single slices against the best Gaussian (half an hour)
 	$(PY) benchmarks/any_noise.py $(ARGS)
 	$(PY) benchmarks/pages.py
 

@@ -201,7 +201,8 @@ def wrong_draws() -> dict[str, Callable[[NoiseModel, np.random.Generator], np.nd
 
 
 def measure_guard(parent: MFdiff, scan: Scan, settings: Adaptation, draw: Callable) -> dict:
-    """'sure' without halves on a wrong estimate of the noise: why it was refused, and the PSNR it would have cost."""
+    """'sure' without halves on a wrong estimate of the noise: why it was refused; in PSNR what it would have cost
+    without guard and in full, "cost", and what the weights that are kept cost, "kept"."""
     short, bare = dataclasses.replace(settings, steps=settings.validate_every), dataclasses.replace(scan, halves=None)
     remembering = NoiseModel.__init__
 
@@ -211,8 +212,9 @@ def measure_guard(parent: MFdiff, scan: Scan, settings: Adaptation, draw: Callab
 
     with mock.patch.object(NoiseModel, "draw", draw), mock.patch.object(NoiseModel, "__init__", remembered):
         *_, last = train_stage2(parent, bare, "sure", settings=short, device="cpu")
-    cost = coarse_psnr(last.average, scan) - coarse_psnr(parent, scan)
-    return {"refused": refusal(last.model.card), "curve": last.curve, "cost": cost}
+    before = coarse_psnr(parent, scan)
+    costs = {"cost": coarse_psnr(last.average, scan) - before, "kept": coarse_psnr(last.model, scan) - before}
+    return {"refused": refusal(last.model.card), "curve": last.curve} | costs
 
 
 def guard(parent: MFdiff, settings: Adaptation, found: dict, slices: int, anatomy: str) -> None:
@@ -261,6 +263,11 @@ def unbound(settings: Adaptation) -> Adaptation:
     return dataclasses.replace(settings, trained="all", rehearsal=0.0)
 
 
+def change(one: dict, name: str, metric: str) -> float:
+    """Of a metric on a target, from stage 1 to the adapted weights."""
+    return one["target"][name][metric] - one["target"]["stage 1"][metric]
+
+
 def gained(shifts: dict[str, dict], name: str, over: str = "stage 1", where: str = "target") -> np.ndarray:
     return np.array([one[where][name]["psnr"] - one[where][over]["psnr"] for one in shifts.values()])
 
@@ -284,13 +291,11 @@ def report(found: dict, targets: Targets) -> None:
 def report_alone(found: dict, targets: Targets) -> None:
     """The rows of the user who has nothing but the scan."""
     held = found["alone"]
-    gain = {name: one["target"]["sure"]["psnr"] - one["target"]["stage 1"]["psnr"] for name, one in held.items()}
+    gain = {name: change(one, "sure", "psnr") for name, one in held.items()}
     known = [name for name in gain if name in found["shifts"]]
     with_halves = gained({name: found["shifts"][name] for name in known}, "sure")
     second = [value for name, value in gain.items() if name.startswith("second")]
-    contrast = [
-        one["target"]["sure"]["contrast_kept"] - one["target"]["stage 1"]["contrast_kept"] for one in held.values()
-    ]
+    contrast = [change(one, "sure", "contrast_kept") for one in held.values()]
     targets.add("alone_worst", min(gain.values()))
     targets.add("alone_share", 100 * sum(gain[name] for name in known) / with_halves.sum())
     targets.add("alone_contrast", *metrics.mean_ci(contrast))
@@ -377,9 +382,10 @@ def alone_block(found: dict) -> str:
 
 def guard_block(found: dict) -> str:
     """Wrong estimates of the noise: what a step rule without the guard would have kept, and what the guard said."""
-    lines = ["| wrong estimate of the noise | PSNR without the guard | guard |", "|---|---|---|"]
+    lines = ["| wrong estimate of the noise | PSNR without the guard | with it | guard |", "|---|---|---|---|"]
     lines += [
-        f"| {name} | {one['cost']:+.2f} dB | {'refused: ' + one['refused'] if one['refused'] else '**let through**'} |"
+        f"| {name} | {one['cost']:+.2f} dB | {one['kept']:+.2f} dB | "
+        f"{'refused: ' + one['refused'] if one['refused'] else '**let through**'} |"
         for name, one in found.get("guard", {}).items()
     ]
     return "\n".join(lines) + "\n"

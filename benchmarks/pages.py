@@ -152,6 +152,7 @@ def measured() -> dict[str, Number]:
         found[one] = Number.of(adaptation.gained(shifts["shifts"], one))
         if one != "oracle":
             found[f"{one} at home"] = Number.of(adaptation.gained(shifts["shifts"], one, where="in distribution"))
+    found["alone"] = Number.of(adaptation.gained(shifts["alone"], "sure"))
     found["over scratch"] = Number.of(adaptation.gained(shifts["shifts"], "split", over="from scratch"))
     seeds = ablations.complete(parts["headline"])
     alike = ablations.over_seeds(seeds)
@@ -230,7 +231,8 @@ def claims(found: dict[str, Number]) -> list[tuple[str, str, str, str, str]]:
             ("stage2.py", "train_stage2"),
             "06_stage2",
             f"`split` {n['split'].text()}, `sure` {n['sure'].text()}, oracle {n['oracle'].text()}, mean over {shifts} "
-            "shifts; nothing in vivo",
+            f"shifts; `sure` from the LPET alone {n['alone'].text()}, mean over {len(stored('adaptation')['alone'])} "
+            "targets of two simulators; nothing in vivo",
             of_gain(min(n["split"], n["sure"]), "in emulation only"),
         ),
         (
@@ -351,8 +353,16 @@ def read_adaptation(found: dict[str, Number]) -> str:
         )
     gain = found["over scratch"]
     text += f"Stage 1 is worth {gain.text()} over learning from the one scan alone. The oracle, which has the SPETs of "
-    text += f"other patients, gains {found['oracle'].text()}.\n"
-    return text
+    text += f"other patients, gains {found['oracle'].text()}. "
+    alone = stored("adaptation")["alone"]
+    gains = dict(zip(alone, adaptation.gained(alone, "sure"), strict=True))
+    worst, refused = min(gains, key=gains.get), sum(bool(one["refused"]) for one in alone.values())
+    kept = np.mean([adaptation.change(one, "sure", "contrast_kept") for one in alone.values()])
+    text += (
+        f"From the LPET alone `sure` gains {np.mean(list(gains.values())):+.2f} dB on average of {len(gains)} targets, "
+    )
+    text += f"least on *{worst}* ({gains[worst]:+.2f} dB); the guard refused {refused}. PET-only lesions change by "
+    return text + f"{kept:+.3f} in the contrast that is kept.\n"
 
 
 def not_to_adapt(found: dict[str, Number]) -> str:
@@ -414,7 +424,19 @@ def limits(found: dict[str, Number]) -> str:
     below = [name.split(",")[0] for name, gain in gains.items() if gain < -0.1]
     unseen = f"On {len(below)} of {len(gains)} scans of another simulator the best Gaussian is better"
     unseen += f", {below.count(most)} of them with {most}" if (most := max(below, key=below.count, default="")) else ""
+    warned = sum(bool(stored("any_noise")["scans"][name]["warned"]) for name, gain in gains.items() if gain < -0.1)
+    unseen += f"; a check warns of {warned}" if below else ""
     return f"- {small}{seen}. {wrong}. {unseen}: [results](docs/results.md).\n"
+
+
+def after_warning(below: list[dict]) -> str:
+    """Of scans on which a Gaussian is better: whether a user is warned, and what adapting gets back."""
+    if not below:
+        return ""
+    warned, refused = (sum(bool(row[key]) for row in below) for key in ("warned", "refused"))
+    gap = float(np.mean([row["adapted"] - row["Gaussian"] for row in below]))
+    text = f"A check warns of {warned} of these. Adapted to the scan alone they lie {beside(gap)} that Gaussian"
+    return text + (f"; on {refused} the guard refused, and nothing changed. " if refused else ". ")
 
 
 def read_any_noise(found: dict[str, Number]) -> str:
@@ -429,6 +451,7 @@ def read_any_noise(found: dict[str, Number]) -> str:
         if below
         else "On none is it more than 0.1 dB below. "
     )
+    text += after_warning([held["scans"][name] for name in below])
     text += (
         f"The worst is {tracer} with a filter of {width} and {int(counts):,} counts a slice: {gains[worst]:+.2f} dB. "
     )
@@ -470,9 +493,15 @@ def read_bench(found: dict[str, Number]) -> str:
     best = max(rate for one, rate in rates.items() if one.startswith("ours, "))
     text += f"projector. The fastest peer in restoring is {name}; over the fastest with our own widths it is "
     text += f"{best / rates[slower]:.1f} times. "
-    if "equal_time" in rows:
-        return text + f"PSNR after equal time of training: {rows['equal_time']['value']:+.2f} dB over the best peer.\n"
-    return text + "PSNR after equal time of training is not measured yet (`make bench ARGS='--train 30'`).\n"
+    held = stored("bench")["equal_time"]
+    each = ", ".join(f"{name} {psnr:.1f} dB ({held['steps'][name]:,} steps)" for name, psnr in held["psnr_db"].items())
+    text += (
+        f"PSNR on the validation slices after {held['minutes']:g} minutes of CPU time of training each, on the same "
+    )
+    text += (
+        f"batches: {each}. That is {beside(rows['equal_time']['value'])} the best peer. Ours sees two slices on either "
+    )
+    return text + "side of the one to restore, the peers see that one alone.\n"
 
 
 def read_fast(found: dict[str, Number]) -> str:

@@ -258,14 +258,15 @@ def test_sure_without_halves_learns_from_measured_noise_and_says_what_it_measure
 
 
 def test_where_the_noise_was_measured_half_of_the_way_is_gone_also_by_a_run_that_was_cut(tiny, alone, tmp_path):
-    run, averages = train_stage2(tiny, alone, settings=FEW, out=tmp_path, device="cpu", workers=1), {0: tiny}
-    for state in itertools.islice(run, 3):
+    options = {"settings": dataclasses.replace(FEW, steps=4, rehearsal=0.0), "out": tmp_path, "device": "cpu"}
+    run, averages = train_stage2(tiny, alone, **options), {0: tiny}
+    for state in itertools.islice(run, 2):
         averages[state.step] = copy.deepcopy(state.average)
     run.close()
-    for state in train_stage2(tiny, alone, settings=FEW, out=tmp_path, resume=True, device="cpu", workers=1):
+    for state in train_stage2(tiny, alone, resume=True, **options):
         averages[state.step] = copy.deepcopy(state.average)
     full = averages[state.best].state_dict()
-    assert state.best > 2 and state.model.card["way"] == WAY < 1
+    assert state.best > 0 and state.model.card["way"] == WAY < 1
     for name, value in state.model.state_dict().items():
         first = tiny.state_dict()[name]
         torch.testing.assert_close(value, first + WAY * (full[name] - first))
