@@ -303,7 +303,7 @@ class TargetSlices:
                     batch = {key: value.to(device) for key, value in batch.items()}
                     unpaired = self.settings.objective != "paired"
                     both = [batch, batch | {"noise": -batch["noise"]}] if unpaired else [batch]
-                    losses += [self.objective(model, one).item() for one in both for _ in some]
+                    losses += [loss for one in both for loss in len(some) * [self.objective(model, one).item()]]
         return float(np.mean(losses))
 
     @torch.no_grad()

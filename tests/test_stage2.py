@@ -216,6 +216,20 @@ def test_held_out_slices_are_never_learned_from(measured):
     assert not middles & held
 
 
+def test_the_held_out_loss_asks_once_for_each_batch_and_sign_and_is_a_mean_over_slices(monkeypatch, measured):
+    data, asked = TargetSlices([measured], dataclasses.replace(FEW, batch=1), context=3), []
+
+    def objective(model, batch):
+        asked.append(batch["noise"])
+        return torch.tensor(float(len(asked)))
+
+    monkeypatch.setattr(data, "objective", objective)
+    assert data.held_out_loss(nn.Linear(1, 1)) == (1 + 2 + 3 + 4) / 4
+    assert torch.equal(asked[0], -asked[1]) and torch.equal(asked[2], -asked[3]) and len(asked) == 4
+    data.settings = dataclasses.replace(FEW, batch=2)
+    assert data.held_out_loss(nn.Linear(1, 1)) == (5 + 6) / 2 and len(asked[4]) == 2
+
+
 @pytest.mark.parametrize(
     "objective, change, words",
     [
