@@ -242,6 +242,7 @@ def _standard_dose(seen: Seen) -> Finding | None:
         f"{_called(seen, 'lpet')}: expected the noise of a dose-reduction factor of {dose:g}, found about that of "
         f"{max(math.sqrt(math.prod(USUAL)) / seen.counts, 1):.2g}, if the standard dose is a usual one; check "
         "--dose-reduction, and that this is the low-dose PET, neither a standard-dose nor a smoothed one"
+        f"{'; if both are right, adapt to this scan (restore --adapt)' if standard < USUAL[0] else ''}"
     )
     return _between("dose", standard, USUAL, sentence)
 

@@ -67,6 +67,12 @@ def test_one_thing_wrong_is_named(head, fault, name):
     assert name in said(replace(head, **fault(head)))
 
 
+@pytest.mark.parametrize(("dose", "noisier"), [(1, True), (200, False)])
+def test_more_noise_than_the_dose_says_is_a_reason_to_adapt_and_less_is_none(head, dose, noisier):
+    (found,) = (one for one in check_scan(replace(head, dose_reduction=dose)) if one.name == "dose")
+    assert found.severity == "warn" and ("--adapt" in found.sentence) == noisier
+
+
 def test_contrast_of_the_mr_does_not_matter(head):
     turned = replace(head, mr=np.where(head.mr > 0, 200 - head.mr, 0))
     assert said(turned) == set() and Seen(turned).fit["best"] == pytest.approx(Seen(head).fit["best"], rel=0.3)
