@@ -408,6 +408,10 @@ def restore_block() -> str:
     return results.table_block(stored("restore")["tables"], stored("restore")["setting"])
 
 
+def share(count: int, whole: list[str]) -> str:
+    return "all" if count == len(whole) else str(count)
+
+
 def limits(found: dict[str, Number]) -> str:
     """What the README warns of, by what was measured."""
     kept, audited = found["kept small"].value, stored("evidence")["audit"]["summary"]
@@ -423,9 +427,10 @@ def limits(found: dict[str, Number]) -> str:
     gains = {name: row["restored"] - row["Gaussian"] for name, row in stored("any_noise")["scans"].items()}
     below = [name.split(",")[0] for name, gain in gains.items() if gain < -0.1]
     unseen = f"On {len(below)} of {len(gains)} scans of another simulator the best Gaussian is better"
-    unseen += f", {below.count(most)} of them with {most}" if (most := max(below, key=below.count, default="")) else ""
-    warned = sum(bool(stored("any_noise")["scans"][name]["warned"]) for name, gain in gains.items() if gain < -0.1)
-    unseen += f"; a check warns of {warned}" if below else ""
+    if below:
+        most = max(below, key=below.count)
+        warned = sum(bool(stored("any_noise")["scans"][name]["warned"]) for name, gain in gains.items() if gain < -0.1)
+        unseen += f", {share(below.count(most), below)} of them with {most}; a check warns of {share(warned, below)}"
     return f"- {small}{seen}. {wrong}. {unseen}: [results](docs/results.md).\n"
 
 
