@@ -156,7 +156,7 @@ class _Run(_Progress):
         self.student = student.to(accelerator.device)
         self.average = copy.deepcopy(self.student).requires_grad_(False)
         self.kept = self.average if plan.patience is None else copy.deepcopy(self.average)
-        self.first = copy.deepcopy(self.average) if plan.way < 1 else self.average
+        self.first = copy.deepcopy(self.average) if plan.way < 1 else None
         optimizer = torch.optim.AdamW(plan.trained, lr=plan.learning_rate(0), weight_decay=plan.weight_decay)
         self.wrapped, self.optimizer = accelerator.prepare(self.student, optimizer)
         self.losses: dict[str, Tensor] = {}
@@ -206,9 +206,10 @@ class _Run(_Progress):
         if self.accelerator.is_main_process or self.plan.patience is not None:
             self.average.eval()
             self.curve.append({"step": self.step, **self.objective.check(self.average)})
-            if self.plan.patience is not None and self.best == self.step:
-                self.kept.load_state_dict(self.first.state_dict())
-                update_average(self.kept, self.average, 1 - self.plan.way)
+            if self.plan.patience is not None and 0 < self.best == self.step:
+                self.kept.load_state_dict(self.average.state_dict())
+                if self.first is not None:
+                    update_average(self.kept, self.first, self.plan.way)
 
     @property
     def best(self) -> int:

@@ -22,9 +22,8 @@ Trained are `specific_parameters` alone, on batches of which a share is stage 1'
 Every fifth slice of the target is held out; the weights with the lowest loss *there* are kept, the parent's included,
 so no ground truth decides when to stop. A wrong estimate of the noise would deceive this loss too. So where the noise
 was measured, weights are kept only if the grain of the LPET, its change from slice to slice, comes through as it does
-with the parent: more of it is noise that is followed, hardly any is structure that is smoothed away. And from the
-parent's weights only half of the way is gone (WAY), as Wortsman et al. 2022 do for robustness: what the estimate gets
-right is mostly gained by then, what it gets wrong costs little.
+with the parent: more of it is noise that is followed, hardly any is structure that is smoothed away. And only half of
+the way to them is gone (WAY; Wortsman et al. 2022): most is gained by then, what the estimate got wrong costs little.
 """
 
 from __future__ import annotations
@@ -141,8 +140,7 @@ class TargetSlices:
 
     Each scan becomes tensors (Z, H, W) of a window round the brain: "lpet", "mr", "weight", and by objective "noise" or
     "spet"; or a noise model. doubt: why nothing should be learned from them, None if it should. cohort: key of the
-    rehearsed patients.
-    """
+    rehearsed patients."""
 
     def __init__(self, scans: Sequence[Scan], settings: Adaptation, context: int):
         objective = chosen_objective(settings.objective, scans)
@@ -301,8 +299,7 @@ class TargetSlices:
                 for probe in range(PROBES if scan["noise model"] else 1):
                     batch = self._complete(self._slices(scan, some, [probe, first, 47]), [first, 2])
                     batch = {key: value.to(device) for key, value in batch.items()}
-                    unpaired = self.settings.objective != "paired"
-                    both = [batch, batch | {"noise": -batch["noise"]}] if unpaired else [batch]
+                    both = [batch] if "t" in batch else [batch, batch | {"noise": -batch["noise"]}]
                     losses += [loss for one in both for loss in len(some) * [self.objective(model, one).item()]]
         return float(np.mean(losses))
 

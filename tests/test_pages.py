@@ -156,11 +156,14 @@ def test_a_missed_goal_of_speed_says_so(pages, monkeypatch):
     rates = {"ours, float32": 8.0, "diffusers UNet2DModel, float32": 2.0, deeper: 5.0}
     for value, met in ((1.6, False), (40.0, True)):
         rows = [{"id": f"speed.{name}", "value": value, "must": must, "met": met} for name, must in goals.items()]
-        files = {"targets": rows, "bench": {"restoring": {"slices_a_second": rates}}}
+        rows.append({"id": "speed.equal_time", "value": -0.4, "must": 0.5, "met": False})
+        trained = {"minutes": 15.0, "psnr_db": {"ours": 20.0, "another": 20.4}, "steps": {"ours": 1320, "another": 7}}
+        files = {"targets": rows, "bench": {"restoring": {"slices_a_second": rates}, "equal_time": trained}}
         monkeypatch.setattr(pages, "stored", files.__getitem__)
         text = pages.read_bench({})
         assert f"restoring is {deeper};" in text and "widths it is 4.0 times. " in text
         assert f"{value:.1f} times" in text and ("**missed**" in text) != met
+        assert "ours 20.0 dB (1,320 steps), another 20.4 dB (7 steps). That is 0.40 dB below the best peer" in text
 
 
 def test_a_difference_in_words():
