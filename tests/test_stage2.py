@@ -405,7 +405,7 @@ def test_weights_that_a_wrong_estimate_of_the_noise_taught_are_not_kept(monkeypa
     [
         (0.5, 0, "refused: what it learned follows the noise: 50% .* the parent 20%; the parent's weights are kept"),
         (-0.1, 0, "refused: what it learned smooths structure away"),
-        (0.5, 20, "adapted by 'sure': the held-out loss fell by 0.1000 .step 20."),
+        (0.5, 20, r"adapted by 'sure': the held-out loss fell by 0.1000 \(step 20, of which half of the way is gone\)"),
     ],
 )
 def test_the_command_line_says_why_the_parent_was_kept(grain, steps, words):
@@ -413,6 +413,6 @@ def test_the_command_line_says_why_the_parent_was_kept(grain, steps, words):
     curve = [{"step": 0, "loss": 1.0, "grain": 0.2, "sound": True}]
     curve += [{"step": 20, "loss": 0.9, "grain": 0.2, "sound": True}] if steps else []
     curve += [{"step": 40, "loss": 0.3, "grain": grain, "sound": False}]
-    card = {"refused": None, "steps": steps, "held_out_loss": curve, "adaptation": {"objective": "sure"}}
+    card = {"refused": None, "steps": steps, "held_out_loss": curve, "way": 0.5, "adaptation": {"objective": "sure"}}
     state = SimpleNamespace(model=SimpleNamespace(card=card), best=steps, curve=curve)
     assert re.match(words, _verdict(state))
