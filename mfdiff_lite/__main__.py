@@ -688,7 +688,7 @@ def _verdict(state: TrainingState) -> str:
     if state.best == 0:
         return "the held-out loss did not fall: the parent's weights are kept, nothing on this target to gain"
     fall = state.curve[0]["loss"] - next(one["loss"] for one in state.curve if one["step"] == state.best)
-    kept = f"step {state.best}" + (", of which half of the way is gone" if card.get("way", 1) < 1 else "")
+    kept = f"step {state.best}" + (f", {card['way']:.0%} of the way there is gone" if card["way"] < 1 else "")
     return f"adapted by {card['adaptation']['objective']!r}: the held-out loss fell by {fall:.4f} ({kept})"
 
 

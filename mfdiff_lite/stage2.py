@@ -23,7 +23,7 @@ Every fifth slice of the target is held out; the weights with the lowest loss *t
 so no ground truth decides when to stop. A wrong estimate of the noise would deceive this loss too. So where the noise
 was measured, weights are kept only if the grain of the LPET, its change from slice to slice, comes through as it does
 with the parent: more of it is noise that is followed, hardly any is structure that is smoothed away. And only half of
-the way to them is gone (WAY; Wortsman et al. 2022): most is gained by then, what the estimate got wrong costs little.
+the way to them is gone (WAY; Wortsman et al. 2022): what the estimate got wrong then costs less.
 """
 
 from __future__ import annotations

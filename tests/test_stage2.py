@@ -405,7 +405,7 @@ def test_weights_that_a_wrong_estimate_of_the_noise_taught_are_not_kept(monkeypa
     [
         (0.5, 0, "refused: what it learned follows the noise: 50% .* the parent 20%; the parent's weights are kept"),
         (-0.1, 0, "refused: what it learned smooths structure away"),
-        (0.5, 20, r"adapted by 'sure': the held-out loss fell by 0.1000 \(step 20, of which half of the way is gone\)"),
+        (0.5, 20, r"adapted by 'sure': the held-out loss fell by 0.1000 \(step 20, 50% of the way there is gone\)"),
     ],
 )
 def test_the_command_line_says_why_the_parent_was_kept(grain, steps, words):
