@@ -139,9 +139,9 @@ def main(quick: Annotated[bool, typer.Option("--quick", help="fewer scans, nothi
     targets.add("mean", *metrics.mean_ci(gain))
     targets.add("laid_over", min(row["restored"] - row["Gaussian"] for row in found["laid over"].values()))
     below = [row for row in found["scans"].values() if losing(row)]
-    if below:
-        targets.add("losing_warned", 100 * float(np.mean([bool(row["warned"]) for row in below])))
-        targets.add("losing_adapted", *metrics.mean_ci([row["adapted"] - row["Gaussian"] for row in below]))
+    warned = [bool(row["warned"]) for row in below] or [True]  # where none is lost, none goes unwarned
+    targets.add("losing_warned", 100 * float(np.mean(warned)))
+    targets.add("losing_adapted", *metrics.mean_ci([row["adapted"] - row["Gaussian"] for row in below] or [0.0]))
     targets.add("single_slice", *metrics.mean_ci([row["restored"] - row["Gaussian"] for row in single]))
     targets.show()
     if not quick:
