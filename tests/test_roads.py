@@ -1,9 +1,12 @@
 """Roads in and out: DICOM, sidecars, frames, SUV, other formats, registration, the record beside an image."""
 
+import base64
+import io
 import json
 import re
 import sys
 
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from typer.testing import CliRunner
 from mfdiff_lite.__main__ import app
 from mfdiff_lite.checks import Finding
 from mfdiff_lite.files import load_scan, read_image, save_volume
-from mfdiff_lite.look.page import registration
+from mfdiff_lite.look.page import registration, still
 from mfdiff_lite.readers.register import register, rigid_motion
 from mfdiff_lite.record import sha256, write_record
 from mfdiff_lite.scan import Scan
@@ -255,14 +258,16 @@ def test_contours_lie_where_the_mr_does():
     """Of a moved MR they cross the head, of the right one they follow it; a plane of one slice is left out."""
     scan, mr, _ = two_modalities()
     right = np.asarray(mr.dataobj)
-    fig = registration(scan.lpet, np.roll(right, 4, 0), right, scan.affine)
-    titles = [f"MR {when}: {plane}" for when in ("before", "after") for plane in ("axial", "coronal", "sagittal")]
-    assert [ax.get_title() for ax in fig.axes] == titles
-    edges = [ax.collections[0].get_paths()[0].vertices for ax in fig.axes[::3]]
+    figures = registration(scan.lpet, np.roll(right, 4, 0), right, scan.affine)
+    for plane in ("axial", "coronal", "sagittal"):
+        assert [ax.get_title() for ax in figures[plane].axes] == [f"MR before: {plane}", f"MR after: {plane}"]
+    edges = [ax.collections[0].get_paths()[0].vertices for ax in figures["axial"].axes]
     before, after = (edge[:, 0].max() for edge in edges)
     assert before - after == pytest.approx(-4, abs=1)  # voxels; the patient's right is on the left
+    drawn = re.search(r"base64,([^\"]+)", still(figures["axial"], "")).group(1)
+    assert plt.imread(io.BytesIO(base64.b64decode(drawn)))[0, 0, 3] == 0, "it must lie on the page's own background"
     flat = registration(scan.lpet[..., 12:13], right[..., 12:13], right[..., 12:13], scan.affine)
-    assert [ax.get_title() for ax in flat.axes] == ["MR before: axial", "MR after: axial"]
+    assert list(flat) == ["axial"]
 
 
 def test_registration_refuses_what_no_head_does(monkeypatch):

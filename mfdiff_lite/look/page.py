@@ -71,24 +71,23 @@ def _draw(ax: Any, pane: Pane, marks: tuple[str, str, str, str], lines: np.ndarr
     return drawn
 
 
-def registration(pet: np.ndarray, before: np.ndarray, after: np.ndarray, affine: np.ndarray) -> Figure:
-    """The contours of an MR over the PET, before and after it was moved: through the middle of the head, every plane
-    that has more than one slice. All (X, Y, Z) on one grid."""
+def registration(pet: np.ndarray, before: np.ndarray, after: np.ndarray, affine: np.ndarray) -> dict[str, Figure]:
+    """The contours of an MR over the PET, before and after it was moved: through the middle of the head, a figure for
+    each plane that has more than one slice, on no background. All (X, Y, Z) on one grid."""
     from scipy import ndimage
 
     images = {"PET": ndimage.gaussian_filter(pet, [n > 1 for n in pet.shape]), "MR before": before, "MR after": after}
     case = Case.of_volumes(images, "", "", affine)
-    planes = [plane for plane, axis in PLANES.items() if min(np.delete(case.shape, axis)) > 1]
-    fig = Figure((3 * len(planes) + 0.5, 7), facecolor="white", layout="constrained")
-    for row, name in zip(fig.subplots(2, len(planes), squeeze=False), ("MR before", "MR after"), strict=True):
-        for ax, plane in zip(row, planes, strict=True):
-            state = replace(case.start, plane=plane, index=case.shape[PLANES[plane]] // 2)
-            shown = case.panes(state)
+    figures = {}
+    for plane in [plane for plane, axis in PLANES.items() if min(np.delete(case.shape, axis)) > 1]:
+        state = replace(case.start, plane=plane, index=case.shape[PLANES[plane]] // 2)
+        shown, figures[plane] = case.panes(state), Figure((5.6, 3.2), facecolor="none", layout="constrained")
+        for ax, name in zip(figures[plane].subplots(1, 2), ("MR before", "MR after"), strict=True):
             _draw(ax, shown["PET"], case.marks(state), None)
             mr = ndimage.gaussian_filter(shown[name].scaled(), 1)
             ax.contour(mr, CONTOURS, colors=[np.divide(CROSS, 255)], linewidths=1)
-            ax.set_title(f"{name}: {plane}", fontsize=11)
-    return fig
+            ax.set_title(f"{name}: {plane}", fontsize=11, color="0.5")
+    return figures
 
 
 def panel(
@@ -131,7 +130,7 @@ def still(fig: Figure, alt: str) -> str:
     out = io.BytesIO()
     if engine := fig.get_layout_engine():
         engine.execute(fig)  # the layout settles: laid out once, a title can lie on those of the panels
-    fig.savefig(out, format="png", dpi=90, facecolor="white", bbox_inches="tight")  # labels that it left no room too
+    fig.savefig(out, format="png", dpi=90, facecolor="auto", bbox_inches="tight")  # labels that it left no room too
     return img(alt, 'style="max-width:100%"', "png", out.getvalue())
 
 

@@ -51,10 +51,10 @@ def report_html(
         parts.append(f'<h2>Against the standard-dose PET</h2><div style="overflow-x:auto">{table._repr_html_()}</div>')
     if registered is not None and scan.mr is not None:
         said = f"It was moved by {registered.distance:.1f} mm and {registered.angle:.1f} degrees."
-        alt = f"Contours of the MR over the low-dose PET, above before and below after it was moved. {said}"
-        fig = registration(scan.lpet, registered.before, scan.mr, scan.affine)
         parts += [f"<h2>Where the MR lies</h2><p>{said} Its contours follow those of the PET if that is right.</p>"]
-        parts += [still(fig, alt)]
+        for plane, fig in registration(scan.lpet, registered.before, scan.mr, scan.affine).items():
+            alt = f"Contours of the MR over the low-dose PET, {plane}, left before and right after it was moved. {said}"
+            parts.append(still(fig, alt))
     noticed = "".join(f"<li>{html.escape(hint)}</li>" for hint in hints)
     parts.append(f"<h2>What the checks of the input noticed</h2><ul>{noticed or '<li>nothing</li>'}</ul>")
     cells = ((html.escape(str(what)), html.escape(str(value)), WORDS.get(what)) for what, value in lines.items())
